@@ -1,0 +1,291 @@
+"""Files and folders that appear whole or not at all, the envelope of every artifact, and progress bars.
+
+Everything moeprune writes goes through here: bytes are written beside their destination, flushed to the device, and
+renamed into place. Nothing here knows about models.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import hashlib
+import json
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+from moeprune.errors import ArtifactError, ConfigError
+
+T = TypeVar("T")
+PathLike = str | os.PathLike[str]
+
+quiet: contextvars.ContextVar[bool] = contextvars.ContextVar("quiet", default=False)
+_working: contextvars.ContextVar[bool] = contextvars.ContextVar("working", default=False)
+
+
+def begin_work() -> None:
+    """Say that every check is done and work starts: an error from here on is a failure, not a refusal."""
+    _working.set(True)
+
+
+def reset_work() -> None:
+    """Forget that work began (a new command starts)."""
+    _working.set(False)
+
+
+def work_begun() -> bool:
+    """Whether work began, so that the command line can tell a refusal (2) from a failure (1)."""
+    return _working.get()
+
+
+# --- progress -------------------------------------------------------------------------------------------------------
+
+
+def progress(items: Iterable[T], description: str, *, total: float | None = None, unit: str = "it") -> Iterable[T]:
+    """Iterate with a bar on stderr; silent when stderr is no terminal or the user asked for quiet."""
+    from tqdm import tqdm
+
+    bar: Iterable[T] = tqdm(
+        items, desc=description, total=total, unit=unit, disable=_no_bar(), file=sys.stderr, leave=False
+    )
+    return bar
+
+
+def byte_bar(description: str, total: int) -> Any:
+    """A tqdm bar that counts bytes; call ``update(n)``."""
+    from tqdm import tqdm
+
+    return tqdm(
+        desc=description, total=total, unit="B", unit_scale=True, disable=_no_bar(), file=sys.stderr, leave=False
+    )
+
+
+def _no_bar() -> bool:
+    return quiet.get() or not sys.stderr.isatty()
+
+
+# --- JSON -----------------------------------------------------------------------------------------------------------
+
+
+def to_json(value: object) -> str:
+    """Readable JSON for people to edit and diff: lists of numbers stay on one line, no NaN."""
+    return _layout(value, "") + "\n"
+
+
+def _layout(value: object, indent: str) -> str:
+    inner = indent + "  "
+    if isinstance(value, Mapping) and value:
+        rows = [f"{inner}{json.dumps(str(key))}: {_layout(item, inner)}" for key, item in value.items()]
+        return "{\n" + ",\n".join(rows) + f"\n{indent}}}"
+    if isinstance(value, list | tuple) and any(isinstance(item, Mapping | list | tuple) for item in value):
+        rows = [inner + _layout(item, inner) for item in value]
+        return "[\n" + ",\n".join(rows) + f"\n{indent}]"
+    return json.dumps(value, allow_nan=False, ensure_ascii=False)
+
+
+def parse_json(text: str | bytes, source: PathLike) -> Any:
+    """Parse JSON that may be hostile: NaN, bad UTF-8 and absurd nesting are errors that name the file."""
+
+    def refuse(constant: str) -> None:
+        raise ValueError(f"non-finite number {constant}")
+
+    try:
+        return json.loads(text, parse_constant=refuse)
+    except (ValueError, RecursionError) as error:
+        raise ArtifactError(f"{source} is not valid JSON: {error}") from error
+
+
+# --- the envelope of an artifact ------------------------------------------------------------------------------------
+
+
+def envelope(schema: str, command: Mapping[str, Any], inputs: Mapping[str, str]) -> dict[str, Any]:
+    """What every artifact says of itself.
+
+    Args:
+        schema: name and version of the format, such as ``moeprune.plan/1``.
+        command: the canonical options that decided the content; no output paths, times or hosts.
+        inputs: fingerprint of every input by name.
+    """
+    from moeprune import __version__
+
+    return {"schema": schema, "moeprune_version": __version__, "command": dict(command), "inputs": dict(inputs)}
+
+
+def read_artifact(path: PathLike, schema: str) -> dict[str, Any]:
+    """Read a JSON artifact and check its schema.
+
+    Raises:
+        ArtifactError: the file is missing, not JSON, or of another schema.
+    """
+    try:
+        text = Path(path).read_bytes()
+    except OSError as error:
+        raise ArtifactError(f"cannot read {path}: {error.strerror}") from error
+    payload = parse_json(text, path)
+    check_schema(payload, schema, path)
+    return dict(payload)
+
+
+def check_schema(payload: object, schema: str, source: PathLike) -> None:
+    """Refuse a payload that is not an artifact of this schema."""
+    found = payload.get("schema") if isinstance(payload, Mapping) else None
+    if found != schema:
+        what = f"its schema is {found!r}" if found else "it has no schema"
+        raise ArtifactError(f"{source} is not a {schema} file: {what}", "was it made by another stage or version?")
+
+
+def sha256_bytes(*parts: bytes) -> str:
+    """Hex sha256 of the parts one after another."""
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(part)
+    return digest.hexdigest()
+
+
+# --- writing --------------------------------------------------------------------------------------------------------
+
+
+def write_atomic(path: PathLike, data: bytes | str) -> Path:
+    """Write a file so that it is there whole or not at all, also after a power cut."""
+    target = Path(path)
+    payload = data.encode() if isinstance(data, str) else data
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        descriptor, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
+    except OSError as error:
+        raise ArtifactError(f"cannot write {target}: {error.strerror}") from error
+    try:
+        with os.fdopen(descriptor, "wb") as handle:
+            handle.write(payload)
+            handle.flush()
+            os.fsync(handle.fileno())
+        os.chmod(temporary, 0o666 & ~_umask())
+        os.replace(temporary, target)
+    except OSError as error:
+        raise ArtifactError(f"cannot write {target}: {error.strerror}") from error
+    finally:
+        Path(temporary).unlink(missing_ok=True)
+    sync_folder(target.parent)
+    return target
+
+
+def check_output_folder(path: PathLike, *, overwrite: bool) -> None:
+    """Refuse an output folder that holds anything, unless overwriting was asked for."""
+    target = Path(path)
+    if target.exists() and not target.is_dir():
+        raise ConfigError(f"output {target} exists and is not a folder")
+    if target.is_dir() and any(target.iterdir()) and not overwrite:
+        raise ConfigError(f"output folder {target} is not empty", "choose another -o or pass --overwrite")
+
+
+def check_output_file(path: PathLike, *, overwrite: bool) -> None:
+    """Refuse an output file that exists, unless overwriting was asked for."""
+    target = Path(path)
+    if target.is_dir():
+        raise ConfigError(f"output {target} is a folder", "name a file with -o")
+    if target.exists() and not overwrite:
+        raise ConfigError(f"output {target} exists", "choose another -o or pass --overwrite")
+
+
+def check_free_space(path: PathLike, needed: int) -> None:
+    """Refuse when the disk that will hold ``path`` has less than ``needed`` bytes free."""
+    folder = Path(path).absolute()
+    while not folder.exists():
+        folder = folder.parent
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise ConfigError(
+            f"not enough disk space for {path}: {human_bytes(needed)} needed, {human_bytes(free)} free",
+            "free some space or choose another -o",
+        )
+
+
+@contextlib.contextmanager
+def output_folder(path: PathLike, *, overwrite: bool = False) -> Iterator[Path]:
+    """A folder to fill that takes its final name only when the block ends well.
+
+    The block writes into a hidden sibling; on any error that sibling is removed and an existing folder stays as it was.
+    """
+    target = Path(path).absolute()
+    check_output_folder(target, overwrite=overwrite)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        staging = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}.partial-"))
+    except OSError as error:
+        raise ConfigError(f"cannot create {target}: {error.strerror}") from error
+    try:
+        os.chmod(staging, 0o777 & ~_umask())
+        yield staging
+        for folder in [staging, *(item for item in staging.rglob("*") if item.is_dir())]:
+            sync_folder(folder)
+        _swap_in(staging, target)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+    sync_folder(target.parent)
+
+
+def _swap_in(staging: Path, target: Path) -> None:
+    """Give the finished folder its name; what stood there before is removed only afterwards."""
+    if not target.exists():
+        os.rename(staging, target)
+        return
+    old = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}.old-"))
+    os.rename(target, old / target.name)
+    try:
+        os.rename(staging, target)
+    except OSError:
+        os.rename(old / target.name, target)
+        raise
+    finally:
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def sync_folder(path: Path) -> None:
+    """Flush a folder's own entries to the device, where the system can."""
+    with contextlib.suppress(OSError):
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def human_bytes(count: float) -> str:
+    """Bytes as a person says them: ``3.8 MB``."""
+    for unit in ("B", "kB", "MB", "GB", "TB"):
+        if abs(count) < 1000 or unit == "TB":
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    raise AssertionError
+
+
+# --- safetensors ----------------------------------------------------------------------------------------------------
+
+
+def safetensors_header(tensors: Iterable[tuple[str, str, Iterable[int], int]], metadata: Mapping[str, str]) -> bytes:
+    """The header of a safetensors file, length prefix included, with equal bytes for equal content.
+
+    The library's own writer keeps metadata in a hash map, whose order changes from run to run.
+
+    Args:
+        tensors: name, dtype, shape and size in bytes of each tensor, in the order of their bytes.
+        metadata: the ``__metadata__`` strings.
+    """
+    header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    position = 0
+    for name, dtype, shape, nbytes in tensors:
+        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [position, position + nbytes]}
+        position += nbytes
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)  # readers map the data straight after the header: keep it aligned
+    return len(text).to_bytes(8, "little") + text

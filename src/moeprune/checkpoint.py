@@ -1,0 +1,373 @@
+"""Open a checkpoint folder: headers, index and raw config, bound to its architecture or refused.
+
+Reads only the headers of the safetensors files; no tensor is decoded and torch is never imported.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from moeprune._files import PathLike, human_bytes, parse_json
+from moeprune.architectures import ExpertName, MoESpec, RouterName, TensorRole, resolve_architecture
+from moeprune.errors import CheckpointError, LayoutError, UnsupportedModelError
+from moeprune.plans import RouterShape
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+_MAX_HEADER = 100_000_000  # the limit of the safetensors library itself
+_SAMPLE = 4096  # bytes of an expert tensor that enter the fingerprint
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TensorEntry:
+    """Where one tensor's bytes lie: ``file[begin:end]``."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    file: Path
+    begin: int
+    end: int
+
+    @property
+    def nbytes(self) -> int:
+        """Size of the tensor in bytes."""
+        return self.end - self.begin
+
+    @property
+    def numel(self) -> int:
+        """Number of stored elements."""
+        count = 1
+        for size in self.shape:
+            count *= size
+        return count
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checkpoint:
+    """A checkpoint on disk whose every tensor is known to be expert, router or untouched.
+
+    Attributes:
+        path: the folder.
+        spec: names and config keys of its architecture.
+        config: the parsed ``config.json``; ``config_text`` is the same file, byte for byte.
+        tensors: every tensor by name, in file order; ``roles`` says what each one is.
+        num_experts: routed experts per MoE layer (E).
+        top_k: experts per token.
+        n_group: expert groups of a group-limited router, 1 without groups; ``topk_group`` of them serve a token.
+        moe_layers: decoder layers with routed experts; ``mtp_layers``: MTP layers whose tensors are present.
+    """
+
+    path: Path
+    spec: MoESpec
+    config: Mapping[str, Any]
+    config_text: str
+    tensors: Mapping[str, TensorEntry]
+    roles: Mapping[str, TensorRole]
+    num_experts: int
+    top_k: int
+    n_group: int
+    topk_group: int
+    moe_layers: tuple[int, ...]
+    mtp_layers: tuple[int, ...]
+    shard_metadata: Mapping[str, str]
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Identity of the weights: cheap on 700 GB, and different for two fine-tunes of one architecture.
+
+        sha256 of the config, every tensor's name, dtype and shape, all router bytes, and 4 KiB from the middle of
+        every expert and embedding tensor.
+        """
+        digest = hashlib.sha256(self.config_text.encode())
+        for file, entries in self._by_file():
+            with file.open("rb") as handle:
+                for entry in entries:
+                    digest.update(f"{entry.name}|{entry.dtype}|{entry.shape}\n".encode())
+                    begin, size = self._sampled(entry)
+                    handle.seek(begin)
+                    digest.update(handle.read(size))
+        return digest.hexdigest()
+
+    def _by_file(self) -> Iterator[tuple[Path, list[TensorEntry]]]:
+        """Files in name order, each with its tensors in name order: independent of how the index lists them."""
+        files: dict[Path, list[TensorEntry]] = defaultdict(list)
+        for entry in self.tensors.values():
+            files[entry.file].append(entry)
+        for file in sorted(files):
+            yield file, sorted(files[file], key=lambda entry: entry.name)
+
+    def _sampled(self, entry: TensorEntry) -> tuple[int, int]:
+        """Begin and size of the bytes that enter the fingerprint."""
+        if isinstance(self.roles[entry.name], RouterName):
+            return entry.begin, entry.nbytes
+        if isinstance(self.roles[entry.name], ExpertName) or "embed_tokens" in entry.name:
+            return entry.begin + max(0, (entry.nbytes - _SAMPLE) // 2), min(_SAMPLE, entry.nbytes)
+        return entry.begin, 0
+
+    @cached_property
+    def nbytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(entry.nbytes for entry in self.tensors.values())
+
+    @cached_property
+    def router(self) -> RouterShape:
+        """The numbers that bound what may be removed."""
+        return RouterShape(
+            num_experts=self.num_experts, top_k=self.top_k, n_group=self.n_group, topk_group=self.topk_group
+        )
+
+    @property
+    def all_moe_layers(self) -> tuple[int, ...]:
+        """Decoder and MTP layers that hold routed experts."""
+        return self.moe_layers + self.mtp_layers
+
+    def __str__(self) -> str:
+        layers = len(self.moe_layers)
+        return (
+            f"{self.path.name}: {self.spec.model_type}, {layers} MoE layers of {self.num_experts} experts, "
+            f"top-{self.top_k}, {human_bytes(self.nbytes)}"
+        )
+
+
+def open_checkpoint(model: PathLike, *, revision: str | None = None) -> Checkpoint:
+    """Open a local folder or a Hub model and bind it to its architecture.
+
+    Args:
+        model: a folder, or a Hub id such as ``Qwen/Qwen3-30B-A3B``. A local path never touches the network.
+        revision: branch, tag or commit of a Hub model.
+
+    Raises:
+        CheckpointError: files are missing, damaged or unreachable.
+        UnsupportedModelError: an unknown architecture, or a model without routed experts.
+        LayoutError: an unclassified or missing tensor.
+    """
+    path = Path(model) if Path(model).is_dir() else _download(str(model), revision)
+    config_text, config = _read_config(path)
+    spec = resolve_architecture(config)
+    tensors, metadata = _read_tensors(path)
+    roles = {name: spec.role(name) for name in tensors}
+    layers, mtp = _bind_layers(spec, config, roles)
+    num_experts = _count_experts(spec, config)
+    _check_experts(roles, (*layers, *mtp), num_experts)
+    _check_routers(spec, tensors, roles, (*layers, *mtp), num_experts)
+    n_group, topk_group = (int(config.get(key) or 1) for key in spec.group_keys) if spec.group_keys else (1, 1)
+    return Checkpoint(
+        path=path,
+        spec=spec,
+        config=config,
+        config_text=config_text,
+        tensors=tensors,
+        roles=roles,
+        num_experts=num_experts,
+        top_k=int(config[spec.top_k_key]),
+        n_group=n_group,
+        topk_group=topk_group,
+        moe_layers=tuple(layers),
+        mtp_layers=tuple(mtp),
+        shard_metadata=metadata,
+    )
+
+
+# --- files ----------------------------------------------------------------------------------------------------------
+
+
+def _download(model: str, revision: str | None) -> Path:
+    """Fetch a Hub model into the local cache; only called when no such folder exists."""
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", model) or model.startswith((".", "/")):
+        raise CheckpointError(f"no folder {model!r}", "give a local checkpoint folder or a Hub id like org/name")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(model, revision=revision, ignore_patterns=["*.bin", "*.pth", "*.pt", "*.gguf"]))
+    except (HfHubHTTPError, LocalEntryNotFoundError, HFValidationError, OSError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise CheckpointError(
+            f"cannot fetch {model!r} from the Hub: {reason}",
+            "check the name, the network and your token, or pass a local folder",
+        ) from error
+
+
+def _read_config(path: Path) -> tuple[str, dict[str, Any]]:
+    file = path / "config.json"
+    try:
+        text = file.read_bytes().decode()
+    except FileNotFoundError:
+        raise CheckpointError(f"{path} has no config.json", "is this a Hugging Face checkpoint folder?") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"cannot read {file}: {error}") from error
+    config = parse_json(text, file)
+    if not isinstance(config, dict):
+        raise CheckpointError(f"{file} is not a JSON object")
+    return text, config
+
+
+def _read_tensors(path: Path) -> tuple[dict[str, TensorEntry], dict[str, str]]:
+    """All tensors of the folder, checked against the index, and the metadata of the first shard."""
+    listed = _read_index(path)
+    files = sorted(set(listed.values())) if listed is not None else [SINGLE]
+    missing = [name for name in files if not (path / name).is_file()]
+    if missing:
+        raise CheckpointError(_missing_files(path, missing), "download the checkpoint again")
+    tensors: dict[str, TensorEntry] = {}
+    metadata: dict[str, str] = {}
+    for name in files:
+        entries, shard_metadata = read_header(path / name)
+        metadata = metadata or shard_metadata
+        for entry in entries:
+            if entry.name in tensors:
+                raise CheckpointError(f"tensor {entry.name!r} is in both {tensors[entry.name].file.name} and {name}")
+            tensors[entry.name] = entry
+    for tensor, name in (listed or {}).items():
+        if tensor not in tensors or tensors[tensor].file.name != name:
+            raise CheckpointError(f"{INDEX} names tensor {tensor!r} in {name}, which does not hold it")
+    return tensors, metadata
+
+
+def _missing_files(path: Path, missing: list[str]) -> str:
+    if missing == [SINGLE]:
+        others = sorted(item.name for item in path.iterdir() if item.suffix in {".bin", ".pt", ".pth"})
+        why = f"only {others[0]}, which would have to be unpickled" if others else f"neither {SINGLE} nor {INDEX}"
+        return f"{path} has no safetensors weights: {why}"
+    shown = ", ".join(missing[:3]) + (", ..." if len(missing) > 3 else "")
+    return f"{path} lacks {len(missing)} of its shards: {shown}"
+
+
+def _read_index(path: Path) -> dict[str, str] | None:
+    file = path / INDEX
+    if not file.is_file():
+        return None
+    index = parse_json(file.read_bytes(), file)
+    weight_map = index.get("weight_map") if isinstance(index, dict) else None
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(f"{file} has no weight_map")
+    for tensor, name in weight_map.items():
+        if not isinstance(name, str) or Path(name).name != name or not name.endswith(".safetensors"):
+            raise CheckpointError(f"{file} puts tensor {tensor!r} in {name!r}, which is not a file of the folder")
+    return weight_map
+
+
+def read_header(file: Path) -> tuple[list[TensorEntry], dict[str, str]]:
+    """Read one safetensors header.
+
+    Returns:
+        The tensors in the order of their bytes, and the ``__metadata__`` strings.
+
+    Raises:
+        CheckpointError: the header or an offset does not fit the file.
+    """
+    size = file.stat().st_size
+    with file.open("rb") as handle:
+        length = int.from_bytes(handle.read(8), "little")
+        if size < 8 or length > min(size - 8, _MAX_HEADER):
+            raise CheckpointError(f"{file} is not a safetensors file, or is cut short")
+        header = parse_json(handle.read(length), file)
+    if not isinstance(header, dict):
+        raise CheckpointError(f"{file} has a damaged header")
+    metadata = header.pop("__metadata__", None) or {}
+    base = 8 + length
+    entries = [_entry(file, name, value, base) for name, value in header.items()]
+    entries.sort(key=lambda entry: (entry.begin, entry.end))
+    position = base
+    for entry in entries:
+        if entry.begin != position:
+            raise CheckpointError(f"{file}: the bytes of tensor {entry.name!r} overlap or leave a gap")
+        position = entry.end
+    if position != size:
+        raise CheckpointError(f"{file} has {size} bytes, its header describes {position}", "download it again")
+    return entries, metadata
+
+
+def _entry(file: Path, name: str, value: object, base: int) -> TensorEntry:
+    try:
+        begin, end = value["data_offsets"]  # type: ignore[index]
+        shape = tuple(value["shape"])  # type: ignore[index]
+        dtype = value["dtype"]  # type: ignore[index]
+    except (KeyError, TypeError, ValueError):
+        begin, end, shape, dtype = -1, -1, (), None
+    numbers = (begin, end, *shape)
+    if not isinstance(dtype, str) or not all(type(number) is int and number >= 0 for number in numbers) or begin > end:
+        raise CheckpointError(f"{file}: the header entry of tensor {name!r} is damaged")
+    return TensorEntry(name=name, dtype=dtype, shape=shape, file=file, begin=base + begin, end=base + end)
+
+
+# --- binding --------------------------------------------------------------------------------------------------------
+
+
+def _count_experts(spec: MoESpec, config: Mapping[str, Any]) -> int:
+    counts = {key: config[key] for key in spec.count_keys if key in config}
+    if not counts:
+        raise UnsupportedModelError(f"config.json of this {spec.model_type} has none of {', '.join(spec.count_keys)}")
+    if len(set(counts.values())) > 1 or not all(isinstance(count, int) for count in counts.values()):
+        raise LayoutError(f"config.json contradicts itself on the number of experts: {counts}")
+    return int(next(iter(counts.values())))
+
+
+def _bind_layers(
+    spec: MoESpec, config: Mapping[str, Any], roles: Mapping[str, TensorRole]
+) -> tuple[list[int], list[int]]:
+    """MoE decoder layers and MTP layers, which must be exactly those that the config announces."""
+    found = {role.layer for role in roles.values() if isinstance(role, ExpertName)}
+    expected = spec.moe_layers(config)
+    announced = spec.mtp_layers(config)
+    if not found:
+        raise UnsupportedModelError(f"this {spec.model_type} checkpoint has no routed experts", "is it a dense model?")
+    absent = sorted(set(expected) - found)
+    surplus = sorted(found - set(expected) - set(announced))
+    if absent:
+        raise LayoutError(f"layers {absent[:8]} should have routed experts and have none", "is a shard missing?")
+    if surplus:
+        raise LayoutError(f"layers {surplus[:8]} have routed experts that config.json does not announce")
+    return expected, [layer for layer in announced if layer in found]
+
+
+def _check_experts(roles: Mapping[str, TensorRole], layers: tuple[int, ...], num_experts: int) -> None:
+    """Every layer must have experts 0..E-1, all with the same parts."""
+    parts: dict[int, dict[int, set[str]]] = defaultdict(lambda: defaultdict(set))
+    for role in roles.values():
+        if isinstance(role, ExpertName):
+            parts[role.layer][role.expert].add(role.after)
+    for layer in layers:
+        experts = parts[layer]
+        if sorted(experts) != list(range(num_experts)):
+            odd = sorted(set(experts) ^ set(range(num_experts)))
+            raise LayoutError(
+                f"layer {layer} has {len(experts)} experts, config.json says {num_experts} (first odd one: {odd[0]})"
+            )
+        first = experts[0]
+        for expert, own in experts.items():
+            if own != first:
+                part = min(own ^ first)
+                raise LayoutError(f"layer {layer}: expert {expert} and expert 0 do not both have {part!r}")
+
+
+def _check_routers(
+    spec: MoESpec,
+    tensors: Mapping[str, TensorEntry],
+    roles: Mapping[str, TensorRole],
+    layers: tuple[int, ...],
+    num_experts: int,
+) -> None:
+    """Every MoE layer must have its router tensors, with one row per expert; no other layer may have any."""
+    parts: dict[int, set[str]] = defaultdict(set)
+    for name, role in roles.items():
+        if not isinstance(role, RouterName):
+            continue
+        shape = tensors[name].shape
+        if len(shape) <= role.axis or shape[role.axis] != num_experts:
+            raise LayoutError(f"router tensor {name!r} of shape {list(shape)} has no {num_experts} rows")
+        parts[role.layer].add(role.part)
+    for layer in sorted(set(parts) | set(layers)):
+        absent = sorted(set(spec.required_router) - parts[layer])
+        if layer not in layers:
+            raise LayoutError(f"layer {layer} has a router and no experts")
+        if absent:
+            raise LayoutError(f"layer {layer} lacks the router tensor {absent[0]!r}")

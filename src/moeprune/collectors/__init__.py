@@ -1,0 +1,1 @@
+"""Observe a running model and add up what its routers and experts do."""

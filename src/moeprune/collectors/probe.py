@@ -1,0 +1,308 @@
+"""The three points where a running model is observed, whatever its architecture.
+
+1. A function in transformers' experts interface sees the indices and weights that are really used, and the outputs of
+   the experts.
+2. A hook on each router sees its logits.
+3. A hook on the model sees the attention mask, so that padding is left out.
+
+Routing is never derived again from logits. The observed layer computes its output from the same per-slot outputs that
+are recorded, and on the first batch that output is compared with the model's own.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import inspect
+import re
+import weakref
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from moeprune._files import PathLike
+from moeprune.collectors.sums import LayerSums
+from moeprune.errors import ConfigError, MoePruneError, UnsupportedModelError
+from moeprune.statistics import STATISTICS, AnyArray, RouterStatistics
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+    from transformers import PreTrainedModel
+
+NAME = "moeprune_observe"
+_TOLERANCE = {4: 1e-5, 2: 2e-2}  # relative error of the rebuilt layer output, by bytes per element
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExpertLayer:
+    """The modules of one MoE layer: its experts, and the router beside them."""
+
+    index: int
+    experts: nn.Module
+    router: nn.Module
+    num_experts: int
+
+
+def expert_layers(model: nn.Module) -> list[ExpertLayer]:
+    """Find the MoE layers of a loaded model by what they hold, not by the names of their classes.
+
+    Experts are a module with parameters that all have one row per expert; the router is the module beside them whose
+    parameters have those rows too.
+
+    Raises:
+        UnsupportedModelError: there are none, or a layer's router cannot be found.
+    """
+    found = []
+    for name, module in model.named_modules():
+        if not hasattr(module, "_is_expert_parallel") or not hasattr(module, "num_experts"):
+            continue
+        position = re.search(r"(?:^|\.)layers\.(\d+)\.", name)
+        if position is None:
+            continue
+        parent = model.get_submodule(name.rpartition(".")[0])
+        routers = [child for child in parent.children() if child is not module and _has_rows(child, module.num_experts)]
+        if len(routers) != 1:
+            raise UnsupportedModelError(f"cannot tell the router of {name}: {len(routers)} modules look like one")
+        found.append(
+            ExpertLayer(index=int(position[1]), experts=module, router=routers[0], num_experts=module.num_experts)
+        )
+    if not found:
+        raise UnsupportedModelError("the loaded model has no experts that transformers can observe", "is it dense?")
+    return found
+
+
+def _has_rows(module: nn.Module, count: int) -> bool:
+    return any(tensor.dim() == 2 and tensor.shape[0] == count for tensor in module.parameters(recurse=False))
+
+
+class Observation:
+    """Statistics of a model that is being observed; give the current domain with :meth:`domain`."""
+
+    def __init__(self, model: PreTrainedModel, *, domain: str, fingerprint: str) -> None:
+        self._layers = {layer.experts: layer for layer in expert_layers(model)}
+        self._domain = domain
+        self._fingerprint = fingerprint
+        self._mask: torch.Tensor | None = None
+        self._sums: dict[tuple[str, int], LayerSums] = {}
+        self._unchecked = set(self._layers)
+
+    @contextlib.contextmanager
+    def domain(self, name: str) -> Iterator[None]:
+        """Label the batches inside the block."""
+        before, self._domain = self._domain, name
+        try:
+            yield
+        finally:
+            self._domain = before
+
+    # --- the three points -------------------------------------------------------------------------------------------
+
+    def read_mask(self, signature: inspect.Signature, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        """Before the model runs: keep the batch's own padding mask, flattened."""
+        given = signature.bind_partial(*args, **kwargs).arguments
+        given = {**given.get("kwargs", {}), **given}
+        mask, tokens = given.get("attention_mask"), given.get("input_ids")
+        tokens = given.get("inputs_embeds") if tokens is None else tokens
+        if mask is None or tokens is None:
+            self._mask = None
+        elif getattr(mask, "dim", int)() == 2:
+            flat = mask[:, -tokens.shape[1] :].reshape(-1).bool()  # a cache makes the mask longer
+            self._mask = None if bool(flat.all()) else flat
+        else:
+            raise ConfigError("padding can only be left out of a [batch, sequence] attention_mask", "pass that one")
+
+    def read_logits(self, layer: ExpertLayer, output: Any) -> None:
+        """After a router ran: add its logits."""
+        if _recomputing():
+            return
+        outputs = output if isinstance(output, tuple) else (output,)
+        logits = next(item for item in outputs if item.is_floating_point() and item.shape[-1] == layer.num_experts)
+        self._sums_of(layer, logits.device).add_logits(self._valid(logits.detach().reshape(-1, layer.num_experts)))
+
+    def run_experts(
+        self,
+        original: Callable[..., torch.Tensor],
+        experts: nn.Module,
+        hidden_TH: torch.Tensor,
+        index_TK: torch.Tensor,
+        gates_TK: torch.Tensor,
+    ) -> torch.Tensor:
+        """In place of the experts: the same output, from per-slot outputs that are added up.
+
+        Every (token, slot) pair goes through the model's own implementation as a token with one expert of weight 1.
+        """
+        import torch
+
+        tokens, top_k = index_TK.shape
+        ones = torch.ones_like(gates_TK).reshape(-1, 1)
+        rows = hidden_TH.repeat_interleave(top_k, dim=0)
+        slots_TKH = original(experts, rows, index_TK.reshape(-1, 1), ones).view(tokens, top_k, -1)
+        output = (slots_TKH * gates_TK.unsqueeze(-1)).sum(dim=1).to(hidden_TH.dtype)
+        if not _recomputing():
+            layer = self._layers[experts]
+            with torch.no_grad():
+                self._check_once(original, experts, (hidden_TH, index_TK, gates_TK), output)
+                add = self._sums_of(layer, hidden_TH.device).add_slots
+                add(self._valid(slots_TKH.detach()), self._valid(index_TK), self._valid(gates_TK.detach()))
+        return output
+
+    # --- bookkeeping ------------------------------------------------------------------------------------------------
+
+    def _valid(self, rows: torch.Tensor) -> torch.Tensor:
+        if self._mask is None:
+            return rows
+        if self._mask.shape[0] != rows.shape[0]:
+            raise ConfigError(f"the attention mask covers {self._mask.shape[0]} tokens, the layer sees {rows.shape[0]}")
+        return rows[self._mask.to(rows.device)]
+
+    def _sums_of(self, layer: ExpertLayer, device: torch.device) -> LayerSums:
+        key = (self._domain, layer.index)
+        if key not in self._sums:
+            self._sums[key] = LayerSums(layer.num_experts, device)
+        return self._sums[key]
+
+    def _check_once(
+        self, original: Callable[..., torch.Tensor], experts: nn.Module, given: tuple[Any, ...], rebuilt: torch.Tensor
+    ) -> None:
+        """Compare a layer's rebuilt output with the model's own, on the first batch."""
+        if experts not in self._unchecked:
+            return
+        self._unchecked.remove(experts)
+        own = original(experts, *given).float()
+        error = float((rebuilt.float() - own).norm() / own.norm().clamp_min(1e-30))
+        if not error <= _TOLERANCE.get(rebuilt.element_size(), 2e-2):
+            raise MoePruneError(
+                f"self-check failed in layer {self._layers[experts].index}: the recorded slots rebuild the layer's "
+                f"output with a relative error of {error:.1e}",
+                "the statistics would be wrong; please report the model and the versions",
+            )
+
+    def result(
+        self, *, command: Mapping[str, Any] | None = None, inputs: Mapping[str, str] | None = None, **more: Any
+    ) -> RouterStatistics:
+        """What was added up until now.
+
+        Raises:
+            ConfigError: no token was seen.
+        """
+        domains = tuple(dict.fromkeys(domain for domain, _ in self._sums))
+        if not any(sums.tokens for sums in self._sums.values()):
+            raise ConfigError("no token was observed", "run the model inside the block")
+        indices = sorted({layer for _, layer in self._sums})
+        layers: dict[int, dict[str, AnyArray]] = {}
+        for index in indices:
+            per_domain = [self._sums[domain, index].arrays() for domain in domains]
+            layers[index] = {name: np.stack([arrays[name] for arrays in per_domain]) for name in STATISTICS}
+        any_sums = next(iter(self._sums.values()))
+        return RouterStatistics(
+            domains=domains,
+            num_experts=any_sums.num_experts,
+            top_k=any_sums.top_k,
+            layers=layers,
+            command=command or {"stage": "observe"},
+            inputs={"model": self._fingerprint} | dict(inputs or {}),
+            **more,
+        )
+
+    def save(self, path: PathLike) -> Path:
+        """Write the statistics file."""
+        return self.result().save(path)
+
+
+def _recomputing() -> bool:
+    """Whether autograd is running a backward pass: then gradient checkpointing runs a layer a second time."""
+    import torch
+
+    return bool(torch._C._current_graph_task_id() != -1)  # noqa: SLF001 - what torch.utils.checkpoint asks itself
+
+
+@contextlib.contextmanager
+def observe(model: PreTrainedModel, *, domain: str = "default", like: PathLike | None = None) -> Iterator[Observation]:
+    """Observe every forward pass of a model inside the block.
+
+    Each token is counted once, also under gradient checkpointing and accumulation; padding is left out by the batch's
+    own ``attention_mask`` [batch, sequence]; gradients are those of the unobserved model; the experts implementation is
+    restored on exit.
+
+    Args:
+        model: a loaded transformers model.
+        domain: label of the batches, until :meth:`Observation.domain` changes it.
+        like: the checkpoint folder that the plan will be made for; by default the one the model was loaded from.
+
+    Yields:
+        The observation; ``result()`` gives :class:`RouterStatistics`, ``save(path)`` writes them.
+
+    Raises:
+        UnsupportedModelError: the model has no experts that can be observed.
+
+    Example:
+        >>> with moeprune.observe(model) as stats:
+        ...     for batch in loader:
+        ...         model(**batch)
+        >>> stats.save("statistics.safetensors")
+    """
+    observation = Observation(model, domain=domain, fingerprint=_fingerprint(model, like))
+    before = model.get_experts_implementation()
+    with contextlib.ExitStack() as undo:
+        _register()
+        signature = inspect.signature(model.forward)
+        undo.callback(
+            model.register_forward_pre_hook(
+                lambda _, args, kwargs: observation.read_mask(signature, args, kwargs), with_kwargs=True
+            ).remove
+        )
+        for experts, layer in observation._layers.items():  # noqa: SLF001 - two halves of one thing
+            hook = functools.partial(_after_router, observation, layer)
+            undo.callback(layer.router.register_forward_hook(hook).remove)
+            undo.callback(_ACTIVE.pop, experts, None)
+            _ACTIVE[experts] = (observation, _implementation(experts))
+        undo.callback(model.set_experts_implementation, before)
+        model.set_experts_implementation(NAME)
+        yield observation
+
+
+# Experts modules under observation, with the implementation that they had before.
+_ACTIVE: weakref.WeakKeyDictionary[nn.Module, tuple[Observation, str]] = weakref.WeakKeyDictionary()
+
+
+def _after_router(observation: Observation, layer: ExpertLayer, _: nn.Module, __: Any, output: Any) -> None:
+    observation.read_logits(layer, output)
+
+
+def _implementation(experts: nn.Module) -> str:
+    return str(getattr(experts.config, "_experts_implementation", None) or "eager")
+
+
+def _fingerprint(model: PreTrainedModel, like: PathLike | None) -> str:
+    from moeprune.checkpoint import open_checkpoint
+
+    folder = like if like is not None else getattr(model.config, "_name_or_path", "")
+    return open_checkpoint(folder).fingerprint if like is not None or Path(folder or "?").is_dir() else ""
+
+
+def _register() -> None:
+    """Put the observing function into transformers' experts interfaces, once."""
+    for interface in _interfaces():
+        if NAME not in interface.valid_keys():
+            interface.register(NAME, functools.partial(_observed_experts, interface))
+
+
+def _interfaces() -> list[Any]:
+    from transformers.integrations.finegrained_fp8 import ALL_FP8_EXPERTS_FUNCTIONS
+    from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+    return [ALL_EXPERTS_FUNCTIONS, ALL_FP8_EXPERTS_FUNCTIONS]
+
+
+def _observed_experts(
+    interface: Any, experts: nn.Module, hidden: torch.Tensor, index: torch.Tensor, gates: torch.Tensor
+) -> torch.Tensor:
+    observation, name = _ACTIVE[experts]
+    eager = type(experts).forward.__wrapped__  # type: ignore[attr-defined]
+    original = eager if name == "eager" else interface.get_interface(name, eager)
+    output: torch.Tensor = observation.run_experts(original, experts, hidden, index, gates)
+    return output

@@ -1,0 +1,88 @@
+"""Collect statistics from a model that fits in memory."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from moeprune._files import progress
+from moeprune.calibration import Batch
+from moeprune.checkpoint import Checkpoint
+from moeprune.collectors.probe import Observation, observe
+from moeprune.errors import CheckpointError, ConfigError
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel
+
+
+def load_model(
+    checkpoint: Checkpoint, *, device: str | None = None, dtype: str = "auto", trust_remote_code: bool = False
+) -> PreTrainedModel:
+    """Load a checkpoint for inference.
+
+    Args:
+        checkpoint: an opened checkpoint.
+        device: ``cpu``, ``cuda``, ``cuda:1``, or ``auto`` to spread over all; by default CUDA where there is one.
+        dtype: ``auto`` is the checkpoint's own.
+        trust_remote_code: run code that comes with the checkpoint.
+
+    Raises:
+        ConfigError: an unknown dtype or device.
+        CheckpointError: transformers cannot load it.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
+
+    chosen = dtype if dtype == "auto" else getattr(torch, dtype, None)
+    if chosen != "auto" and not isinstance(chosen, torch.dtype):
+        raise ConfigError(f"unknown --dtype {dtype!r}", "auto, float32, bfloat16 or float16")
+    place = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if place.startswith("cuda") and not torch.cuda.is_available():
+        raise ConfigError("--device cuda: there is no CUDA device", "use --device cpu")
+    if not sys.stderr.isatty():
+        logging.disable_progress_bar()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            model = AutoModelForCausalLM.from_pretrained(
+                checkpoint.path, dtype=chosen, device_map=place, trust_remote_code=trust_remote_code
+            )
+        except (OSError, ValueError, RuntimeError, ImportError) as error:
+            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            raise CheckpointError(f"transformers cannot load {checkpoint.path}: {reason}") from error
+    return model.eval()
+
+
+def run_batches(model: PreTrainedModel, batches: Sequence[Batch], checkpoint: Checkpoint) -> Observation:
+    """Run every batch through the model and observe it.
+
+    Args:
+        model: the loaded model.
+        batches: the fixed list of batches.
+        checkpoint: what the model was loaded from.
+    """
+    import torch
+
+    with observe(model, like=checkpoint.path) as observation, torch.inference_mode():
+        for batch in progress(batches, "collecting", unit="batch"):
+            with observation.domain(batch.domain):
+                # The logits are of no interest, and would be the largest tensor of the pass.
+                model(**padded(batch.sequences, model.device), use_cache=False, logits_to_keep=1)
+    return observation
+
+
+def padded(sequences: Sequence[Sequence[int]], device: torch.device) -> dict[str, torch.Tensor]:
+    """Right-padded ``input_ids`` and ``attention_mask``, both [batch, sequence]."""
+    import torch
+
+    length = max(map(len, sequences))
+    ids = torch.zeros((len(sequences), length), dtype=torch.long)
+    mask = torch.zeros_like(ids)
+    for row, sequence in enumerate(sequences):
+        ids[row, : len(sequence)] = torch.tensor(sequence)
+        mask[row, : len(sequence)] = 1
+    return {"input_ids": ids.to(device), "attention_mask": mask.to(device)}

@@ -1,0 +1,457 @@
+"""Paired comparison of two lm-eval runs: what a pruned model lost and gained, document by document.
+
+Reads what ``lm_eval run --output_path DIR --log_samples`` writes, so that it needs no model, no GPU and no torch. Two
+runs are compared only when they were the same experiment: same documents, requests, few-shot examples and versions.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from moeprune._files import PathLike, check_schema, envelope, parse_json, sha256_bytes, to_json
+from moeprune.errors import ArtifactError, EvaluationError, nearest
+from moeprune.evaluation.paired import (
+    Interval,
+    bootstrap_interval,
+    detectable_change,
+    holm,
+    mcnemar,
+    permutation_p,
+    tango_interval,
+    verdict_of,
+)
+
+SCHEMA = "moeprune.report/1"
+
+_PREFERRED = ("acc", "exact_match")
+_SAME_EXPERIMENT = "run both with the same tasks, lm-eval version, few-shot examples, seeds, tokenizer and --limit"
+
+
+# --- values -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TaskComparison:
+    """One task's paired result.
+
+    Attributes:
+        metric: the compared metric, and ``filter`` the lm-eval filter that extracted the answers.
+        n: documents compared, out of ``n_full`` in the task.
+        base: the metric's mean for the base model as lm-eval reports it (0..1 for accuracies); ``pruned`` likewise.
+        unit: ``points`` (the metric times 100) for metrics in 0..1, ``raw`` for any other scale.
+        change: pruned minus base in ``unit``; positive is better, also where the metric itself is better when lower.
+        interval: 95 % interval of ``change``; ``ni_lower`` is the lower end of the 90 % one (one-sided 95 %).
+        lost: documents on which the pruned model scores worse; ``gained`` those on which it scores better.
+        flips: lost plus gained as a percentage of n.
+        answers_changed: multiple choice only: documents whose most likely option changed, right or wrong.
+        p: exact McNemar (0/1 metrics) or sign-flip permutation p; ``p_adjusted`` is Holm's over the report's tasks.
+        mde: smallest change in ``unit`` that a test of this size finds with 80 % power at the observed flip rate.
+    """
+
+    task: str
+    metric: str
+    filter: str
+    version: str
+    n: int
+    n_full: int
+    n_shot: int
+    base: float
+    pruned: float
+    unit: str
+    change: float
+    interval: Interval
+    ni_lower: float
+    lost: int
+    gained: int
+    flips: float
+    answers_changed: int | None
+    p: float
+    p_adjusted: float
+    mde: float
+    verdict: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SuiteComparison:
+    """The unweighted mean over the tasks measured in points; fields as in `TaskComparison`."""
+
+    tasks: int
+    base: float
+    pruned: float
+    change: float
+    interval: Interval
+    ni_lower: float
+    verdict: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EvalReport:
+    """All tasks, worst first, with everything needed to judge or repeat the comparison."""
+
+    base_model: str
+    pruned_model: str
+    margin: float
+    alpha: float
+    limit: float | None
+    tasks: tuple[TaskComparison, ...]
+    suite: SuiteComparison | None
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    warnings: tuple[str, ...] = ()
+    command: Mapping[str, Any] = field(default_factory=dict)
+    inputs: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def partial(self) -> bool:
+        """Whether any task ran on only some of its documents, so that this is NOT the full benchmark."""
+        return any(row.n < row.n_full for row in self.tasks)
+
+    def payload(self) -> dict[str, Any]:
+        """The report as plain JSON values, envelope first."""
+        content = asdict(self)
+        head = envelope(SCHEMA, content.pop("command"), content.pop("inputs"))
+        return {**head, "partial": self.partial, **content}
+
+    def to_json(self) -> str:
+        """The report as readable JSON; equal reports give equal bytes."""
+        return to_json(self.payload())
+
+    @classmethod
+    def from_json(cls, text: str | bytes, source: PathLike = "report") -> EvalReport:
+        """Read back what `to_json` wrote.
+
+        Raises:
+            ArtifactError: not JSON, another schema, or fields missing.
+        """
+        payload = parse_json(text, source)
+        check_schema(payload, SCHEMA, source)
+        content = {name: value for name, value in payload.items() if name not in _NOT_FIELDS}
+        try:
+            content["tasks"] = tuple(TaskComparison(**_with_interval(row)) for row in content["tasks"])
+            content["suite"] = SuiteComparison(**_with_interval(content["suite"])) if content["suite"] else None
+            content["warnings"] = tuple(content["warnings"])
+            return cls(**content)
+        except (KeyError, TypeError, ValueError) as error:
+            raise ArtifactError(f"{source} is not a complete {SCHEMA} file: {error}") from error
+
+
+_NOT_FIELDS = {"schema", "moeprune_version", "partial"}
+
+
+def _with_interval(row: Mapping[str, Any]) -> dict[str, Any]:
+    lower, upper = row["interval"]
+    return {**row, "interval": (lower, upper)}
+
+
+# --- reading lm-eval's folders ----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Sample:
+    hashes: Mapping[str, str]
+    values: Mapping[str, float]
+    choice: int | None
+    finite: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Task:
+    version: str
+    n_shot: int
+    n_full: int
+    higher_is_better: Mapping[str, bool]
+    samples: Mapping[tuple[int, str], _Sample]  # by document and filter
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Run:
+    results: Mapping[str, Any]
+    tasks: Mapping[str, _Task]
+    fingerprint: str
+
+
+def _read_run(folder: Path) -> _Run:
+    found = sorted(folder.rglob("results_*.json"))
+    if not found:
+        raise EvaluationError(f"{folder} holds no lm-eval results", "run lm_eval with --output_path and --log_samples")
+    if len(found) > 1:
+        raise EvaluationError(f"{folder} holds {len(found)} lm-eval runs", "name a folder that holds a single run")
+    [path] = found
+    try:
+        results = json.loads(path.read_bytes())
+        files = {name: _samples_file(path, name) for name in sorted(results["configs"])}
+        texts = {name: file.read_bytes() for name, file in files.items()}
+        tasks = {name: _read_task(results, name, text) for name, text in texts.items()}
+    except (KeyError, TypeError, ValueError, OSError, RecursionError) as error:
+        raise EvaluationError(f"cannot read the lm-eval run in {path.parent}: {error!r}") from error
+    digest = sha256_bytes(*(part for name, text in texts.items() for part in (name.encode(), text)))
+    return _Run(results=results, tasks=tasks, fingerprint=digest)
+
+
+def _samples_file(results: Path, task: str) -> Path:
+    stamp = results.stem.removeprefix("results_")
+    file = results.with_name(f"samples_{task}_{stamp}.jsonl")
+    if not file.is_file():
+        raise EvaluationError(f"{results.parent} has no samples of task {task!r}", "run lm_eval with --log_samples")
+    return file
+
+
+def _read_task(results: Mapping[str, Any], name: str, text: bytes) -> _Task:
+    is_choice = results["configs"][name].get("output_type") == "multiple_choice"
+    samples: dict[tuple[int, str], _Sample] = {}
+    for line in text.splitlines():
+        row = json.loads(line)
+        key = (row["doc_id"], row["filter"])
+        if key in samples:
+            raise EvaluationError(f"task {name!r} has document {key[0]} twice", "use a fresh folder for every run")
+        samples[key] = _read_sample(row, is_choice=is_choice)
+    if not samples:
+        raise EvaluationError(f"task {name!r} has no documents")
+    return _Task(
+        version=str(results["versions"].get(name, "")),
+        n_shot=int(results["n-shot"].get(name, 0)),
+        n_full=int(results["n-samples"][name]["original"]),
+        higher_is_better=results.get("higher_is_better", {}).get(name, {}),
+        samples=samples,
+    )
+
+
+def _read_sample(row: Mapping[str, Any], *, is_choice: bool) -> _Sample:
+    # prompt_hash covers the first request only: a changed option shows in the hash of all requests
+    requests = sha256_bytes(json.dumps(row["arguments"], sort_keys=True).encode())
+    hashes = {"document": row["doc_hash"], "target": row["target_hash"], "prompt": row["prompt_hash"]}
+    values = {name: float(row[name]) for name in row["metrics"] if isinstance(row.get(name), int | float)}
+    choice, finite = None, True
+    if is_choice:
+        likelihoods = [float(response[0]) for response in row["filtered_resps"]]
+        options = len(likelihoods) // (2 if "acc_mutual_info" in row["metrics"] else 1)
+        choice = int(np.argmax(likelihoods[:options]))
+        finite = not any(math.isnan(value) for value in likelihoods)
+    return _Sample(hashes={**hashes, "requests": requests}, values=values, choice=choice, finite=finite)
+
+
+# --- the same experiment? ---------------------------------------------------------------------------------------------
+
+
+def _check_same_experiment(base: _Run, pruned: _Run) -> None:
+    for setting, what in (("chat_template_sha", "chat template"), ("system_instruction_sha", "system instruction")):
+        if base.results.get(setting) != pruned.results.get(setting):
+            raise EvaluationError(f"the two runs used a different {what}", _SAME_EXPERIMENT)
+    if base.tasks.keys() != pruned.tasks.keys():
+        alone = ", ".join(sorted(base.tasks.keys() ^ pruned.tasks.keys()))
+        raise EvaluationError(f"only one of the two runs has the tasks {alone}", _SAME_EXPERIMENT)
+    for name, task in base.tasks.items():
+        _check_same_task(name, task, pruned.tasks[name])
+
+
+def _check_same_task(name: str, base: _Task, pruned: _Task) -> None:
+    for what, one, other in (
+        ("version", base.version, pruned.version),
+        ("number of few-shot examples", base.n_shot, pruned.n_shot),
+    ):
+        if one != other:
+            raise EvaluationError(f"task {name!r}: another {what} ({one} and {other})", _SAME_EXPERIMENT)
+    alone = sorted({key[0] for key in base.samples.keys() ^ pruned.samples.keys()})
+    if alone:
+        shown = ", ".join(map(str, alone[:5])) + (", ..." if len(alone) > 5 else "")
+        raise EvaluationError(f"task {name!r}: only one run has the documents {shown}", _SAME_EXPERIMENT)
+    for (doc_id, _), sample in base.samples.items():
+        other_hashes = pruned.samples[doc_id, _].hashes
+        changed = [what for what, digest in sample.hashes.items() if other_hashes[what] != digest]
+        if changed:
+            raise EvaluationError(f"task {name!r}, document {doc_id}: changed {changed[0]}", _SAME_EXPERIMENT)
+
+
+def _warnings(base: _Run, pruned: _Run) -> list[str]:
+    found = []
+    if base.results.get("model_name") == pruned.results.get("model_name") is not None:
+        found.append("both runs name the same model: this measures noise, not pruning")
+    for setting in ("batch_size", "model_dtype", "model_source", "lm_eval_version", "transformers_version"):
+        one, other = (_setting(run.results, setting) for run in (base, pruned))
+        if one != other:
+            found.append(f"the runs differ in {setting} ({one} and {other}): some flips may come from that")
+    for label, run in (("base", base), ("pruned", pruned)):
+        for name, task in run.tasks.items():
+            broken = sum(not sample.finite for sample in task.samples.values())
+            if broken:
+                found.append(f"task {name!r}: the {label} model gave NaN likelihoods on {broken} documents")
+    return found
+
+
+def _setting(results: Mapping[str, Any], name: str) -> Any:
+    return results.get("config", {}).get(name, results.get(name))
+
+
+# --- the comparison ---------------------------------------------------------------------------------------------------
+
+
+def compare_folders(
+    base_dir: PathLike,
+    pruned_dir: PathLike,
+    *,
+    margin: float = 1.0,
+    alpha: float = 0.05,
+    metrics: Mapping[str, str] | None = None,
+    command: Mapping[str, Any] | None = None,
+    inputs: Mapping[str, str] | None = None,
+) -> EvalReport:
+    """Compare two folders written by lm-eval with ``--log_samples``, paired by document.
+
+    Args:
+        base_dir: folder with the base model's run: one run, possibly in a sub-folder.
+        pruned_dir: folder with the pruned model's run.
+        margin: largest loss in points that still counts as immaterial; decide it before looking.
+        alpha: significance level, for Holm-adjusted p values.
+        metrics: primary metric by task, ``"acc_norm"`` or ``"exact_match,flexible-extract"``; ``acc`` by default.
+        command: what the envelope records as the command; this function's options by default.
+        inputs: what it records as inputs; hashes of the two runs' samples by default.
+
+    Raises:
+        EvaluationError: a folder without a single complete run, or two runs that were not the same experiment.
+    """
+    metrics = metrics or {}
+    base, pruned = _read_run(Path(base_dir)), _read_run(Path(pruned_dir))
+    _check_same_experiment(base, pruned)
+    for name in metrics:
+        if name not in base.tasks:
+            raise EvaluationError(f"no task {name!r} in these runs", nearest(name, base.tasks))
+    chosen = {name: _primary_metric(name, task, metrics.get(name)) for name, task in base.tasks.items()}
+    measured = [_compare_task(name, base, pruned, *key, alpha) for name, key in chosen.items() if key]
+    if not measured:
+        raise EvaluationError("no task has a per-document score that can be paired")
+    rows = sorted(_judged(measured, margin, alpha), key=lambda row: (row.interval[0], row.change, row.task))
+    return EvalReport(
+        base_model=_model_name(base.results),
+        pruned_model=_model_name(pruned.results),
+        margin=margin,
+        alpha=alpha,
+        limit=_limit(base.results),
+        tasks=tuple(rows),
+        suite=_compare_suite([row for row in rows if row.unit == "points"], margin, alpha),
+        settings=_settings(base.results),
+        warnings=(
+            *(f"task {name!r} has no per-document score to pair: left out" for name, key in chosen.items() if not key),
+            *(
+                f"task {row.task!r}: {row.metric} and its margin are on its own scale"
+                for row in rows
+                if row.unit == "raw"
+            ),
+            *_warnings(base, pruned),
+        ),
+        command=command if command is not None else {"margin": margin, "alpha": alpha, "metrics": dict(metrics)},
+        inputs=inputs if inputs is not None else {"base": base.fingerprint, "pruned": pruned.fingerprint},
+    )
+
+
+def _primary_metric(name: str, task: _Task, wanted: str | None) -> tuple[str, str] | None:
+    """The metric and filter to compare; None when the task has no scalar per document."""
+    found: dict[str, tuple[str, str]] = {}
+    for (_, filter_name), sample in task.samples.items():
+        for metric in sample.values:
+            found.setdefault(metric, (metric, filter_name))  # lm-eval lists its strictest filter first
+            found.setdefault(f"{metric},{filter_name}", (metric, filter_name))
+    if wanted is None:
+        return next((found[metric] for metric in _PREFERRED if metric in found), next(iter(found.values()), None))
+    if wanted not in found:
+        raise EvaluationError(f"task {name!r} has no metric {wanted!r}", nearest(wanted, found))
+    return found[wanted]
+
+
+def _compare_task(name: str, base: _Run, pruned: _Run, metric: str, filter_name: str, alpha: float) -> TaskComparison:
+    """Everything about one task that does not depend on the other tasks."""
+    task, other = base.tasks[name], pruned.tasks[name]
+    keys = sorted(key for key in task.samples if key[1] == filter_name)
+    pairs = [(task.samples[key], other.samples[key]) for key in keys]
+    base_N, pruned_N = (np.array([pair[side].values.get(metric, math.nan) for pair in pairs]) for side in (0, 1))
+    both = np.concatenate([base_N, pruned_N])
+    if not np.isfinite(both).all():
+        raise EvaluationError(f"task {name!r}: {metric} is missing or not finite on some documents")
+    scale = 100.0 if both.min() >= 0 and both.max() <= 1 else 1.0
+    better = 1.0 if task.higher_is_better.get(metric, True) else -1.0
+    change_N, n = better * (pruned_N - base_N), len(keys)
+    lost, gained = int((change_N < 0).sum()), int((change_N > 0).sum())
+    if np.isin(both, (0.0, 1.0)).all():
+        interval, inner = (tango_interval(lost, gained, n, level) for level in (0.95, 0.9))
+        p, smallest = mcnemar(lost, gained), math.ceil(math.log2(2 / alpha)) / n
+    else:
+        span = float(np.ptp(both)) or float(np.abs(both).max()) or 1.0
+        interval, inner = (bootstrap_interval(change_N, span, level) for level in (0.95, 0.9))
+        p, smallest = permutation_p(change_N), 0.0
+    changed = sum(left.choice != right.choice for left, right in pairs) if pairs[0][0].choice is not None else None
+    # an exact test cannot reject at all below some number of flips, whatever the flip rate
+    mde = max(detectable_change(float(np.sqrt((change_N**2).mean())), n, alpha), smallest)
+    return TaskComparison(
+        task=name,
+        metric=metric,
+        filter=filter_name,
+        version=task.version,
+        n=n,
+        n_full=task.n_full,
+        n_shot=task.n_shot,
+        base=float(base_N.mean()),
+        pruned=float(pruned_N.mean()),
+        unit="points" if scale == 100 else "raw",
+        change=scale * float(change_N.mean()),
+        interval=(scale * interval[0], scale * interval[1]),
+        ni_lower=scale * inner[0],
+        lost=lost,
+        gained=gained,
+        flips=100 * (lost + gained) / n,
+        answers_changed=changed,
+        p=p,
+        p_adjusted=p,
+        mde=scale * mde,
+        verdict="",
+    )
+
+
+def _judged(rows: Sequence[TaskComparison], margin: float, alpha: float) -> list[TaskComparison]:
+    judged = []
+    for row, p in zip(rows, holm([row.p for row in rows]), strict=True):
+        verdict = verdict_of(row.change, row.ni_lower, margin, significant=p <= alpha)
+        judged.append(replace(row, p_adjusted=p, verdict=verdict))
+    return judged
+
+
+def _compare_suite(rows: Sequence[TaskComparison], margin: float, alpha: float) -> SuiteComparison | None:
+    """Mean over tasks, with standard errors read off the tasks' intervals, which are not zero where nothing flipped."""
+    from scipy.stats import norm
+
+    if len(rows) < 2:
+        return None
+    errors = [(row.interval[1] - row.interval[0]) / (2 * norm.ppf(0.975)) for row in rows]
+    error = math.sqrt(sum(value**2 for value in errors)) / len(rows)
+    change = float(np.mean([row.change for row in rows]))
+    reach, inner = (float(norm.ppf(level) * error) for level in (0.975, 0.95))
+    significant = abs(change) >= norm.ppf(1 - alpha / 2) * error
+    return SuiteComparison(
+        tasks=len(rows),
+        base=float(np.mean([row.base for row in rows])),
+        pruned=float(np.mean([row.pruned for row in rows])),
+        change=change,
+        interval=(change - reach, change + reach),
+        ni_lower=change - inner,
+        verdict=verdict_of(change, change - inner, margin, significant=bool(significant)),
+    )
+
+
+def _model_name(results: Mapping[str, Any]) -> str:
+    """Last part of the model's name: where it lay on this machine is nobody's business."""
+    return Path(str(results.get("model_name") or "model")).name
+
+
+def _limit(results: Mapping[str, Any]) -> float | None:
+    limit = _setting(results, "limit")
+    return None if limit is None else int(limit) if limit == int(limit) else float(limit)
+
+
+def _settings(results: Mapping[str, Any]) -> dict[str, Any]:
+    names = ("model_source", "model_dtype", "batch_size", "random_seed", "numpy_seed", "torch_seed", "fewshot_seed")
+    more = ("gen_kwargs", "chat_template_sha", "lm_eval_version", "transformers_version")
+    return {name: _setting(results, name) for name in (*names, *more) if _setting(results, name) is not None}

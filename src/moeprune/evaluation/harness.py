@@ -1,0 +1,393 @@
+"""The bridge to lm-eval: check the tasks before any model is loaded, run both models alike, compare their answers."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import importlib.util
+import json
+import logging
+import os
+import random
+import subprocess
+import sys
+import tempfile
+import warnings
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from moeprune._files import begin_work, check_output_folder, quiet
+from moeprune.errors import EvaluationError, nearest
+from moeprune.evaluation.compare import EvalReport, compare_folders
+from moeprune.evaluation.tasks import LoadedTasks, load_tasks
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    Model = Path | tuple[nn.Module, Any]
+
+_BACKENDS = {"hf": "transformers", "vllm": "vllm", "sglang": "sglang"}
+_RESERVED = {"pretrained", "batch_size", "trust_remote_code"}
+_CHATTY = ("lm_eval", "datasets", "transformers", "accelerate")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EvalSettings:
+    """How to evaluate; the same for both models.
+
+    Attributes:
+        tasks: names of lm-eval tasks, groups or tags; ``*`` matches several.
+        include_path: folder with further task YAMLs; its names win over lm-eval's own.
+        backend: ``hf`` (in this process), ``vllm`` or ``sglang`` (one process per model).
+        model_args: further arguments of lm-eval's model class, such as ``{"max_length": 4096}``.
+        batch_size: fixed on purpose, because scores move with the batch size.
+        limit: evaluate only the first so many documents per task; the report then says so.
+        device: torch device of the hf backend; CUDA where there is one by default.
+        dtype: ``auto`` is the checkpoint's own.
+        num_fewshot: overrides the tasks' number of examples, except where a task insists on none.
+        seed: 0 gives lm-eval's own default seeds, and so its usual few-shot examples.
+        isolated: run the hf backend in a process of its own per model too.
+    """
+
+    tasks: tuple[str, ...]
+    include_path: Path | None = None
+    backend: str = "hf"
+    model_args: Mapping[str, Any] = field(default_factory=dict)
+    batch_size: int = 16
+    limit: int | None = None
+    device: str | None = None
+    dtype: str = "auto"
+    num_fewshot: int | None = None
+    apply_chat_template: bool = False
+    trust_remote_code: bool = False
+    seed: int = 0
+    isolated: bool = False
+
+    @property
+    def in_process(self) -> bool:
+        """Whether models run in this process."""
+        return self.backend == "hf" and not self.isolated
+
+    @property
+    def seeds(self) -> dict[str, int]:
+        """Seeds by generator, in the order of lm-eval's ``--seed``."""
+        other = 1234 + self.seed
+        return {"random_seed": self.seed, "numpy_seed": other, "torch_seed": other, "fewshot_seed": other}
+
+
+# --- the public stages ------------------------------------------------------------------------------------------------
+
+
+def preflight(settings: EvalSettings) -> None:
+    """Check everything that can be checked without a model: backend, task names, and that every task's data loads.
+
+    Raises:
+        EvaluationError: names every task that cannot run, with its cause and remedy.
+    """
+    with prepare(settings):
+        pass
+
+
+@contextlib.contextmanager
+def prepare(settings: EvalSettings) -> Iterator[LoadedTasks]:
+    """Check as `preflight` does and keep the loaded tasks for the runs inside the block."""
+    _check_settings(settings)
+    with tempfile.TemporaryDirectory(prefix="moeprune-tasks-") as scratch:
+        with hushed():
+            loaded = load_tasks(settings.tasks, settings.include_path, Path(scratch))
+        yield loaded
+
+
+def run_model(
+    model: Model,
+    settings: EvalSettings,
+    output: Path,
+    *,
+    loaded: LoadedTasks | None = None,
+    tokenizer: Path | None = None,
+) -> None:
+    """Evaluate one model and leave lm-eval's own results and samples in ``output``.
+
+    Args:
+        model: checkpoint folder, or a loaded module with its tokenizer (hf backend only; it is not moved or cast).
+        settings: what to run and how.
+        output: folder for the results; must be empty or absent.
+        loaded: tasks from `prepare`, so that several models share them.
+        tokenizer: folder with the tokenizer, for checkpoints without one.
+
+    Raises:
+        EvaluationError: the tasks cannot run, or the model failed on them.
+    """
+    if loaded is None:
+        with prepare(settings) as own:
+            return run_model(model, settings, output, loaded=own, tokenizer=tokenizer)
+    check_output_folder(output, overwrite=False)
+    if not settings.in_process:
+        if not isinstance(model, Path):
+            raise EvaluationError(f"the {settings.backend} backend needs a checkpoint folder, not a loaded model")
+        return _run_subprocess(model, settings, output, loaded.include_path, tokenizer)
+    with hushed():
+        return _run_in_process(model, settings, output, loaded, tokenizer)
+
+
+def evaluate_pair(
+    base: Path,
+    pruned: Path,
+    settings: EvalSettings,
+    output: Path,
+    *,
+    margin: float = 1.0,
+    fingerprints: Mapping[str, str] | None = None,
+) -> EvalReport:
+    """Evaluate both checkpoints alike and compare them document by document.
+
+    Args:
+        base: checkpoint folder of the original model.
+        pruned: checkpoint folder of the pruned one; where it has no tokenizer, base's serves.
+        settings: what to run and how.
+        output: lm-eval's own results go to ``output/base`` and ``output/pruned``.
+        margin: largest loss in points that still counts as immaterial.
+        fingerprints: fingerprints of ``base`` and ``pruned``, for the report's envelope.
+
+    Raises:
+        EvaluationError: a task or model cannot run; raised before any model is loaded wherever it can be known.
+    """
+    folders = {"base": Path(base), "pruned": Path(pruned)}
+    for label, folder in folders.items():
+        if not (folder / "config.json").is_file():
+            raise EvaluationError(f"the {label} model {folder} is not a checkpoint folder", "it has no config.json")
+        check_output_folder(output / label, overwrite=False)
+    with prepare(settings) as loaded:
+        begin_work()
+        for label, folder in folders.items():
+            tokenizer = None if _has_tokenizer(folder) else folders["base"]
+            run_model(folder, settings, output / label, loaded=loaded, tokenizer=tokenizer)
+    command = canonical_options(settings, margin)
+    return compare_folders(output / "base", output / "pruned", margin=margin, command=command, inputs=fingerprints)
+
+
+def canonical_options(settings: EvalSettings, margin: float) -> dict[str, Any]:
+    """The options that decide the result, for the report's envelope."""
+    return {
+        "tasks": list(settings.tasks),
+        "backend": settings.backend,
+        "model_args": dict(settings.model_args),
+        "batch_size": settings.batch_size,
+        "limit": settings.limit,
+        "dtype": settings.dtype,
+        "num_fewshot": settings.num_fewshot,
+        "apply_chat_template": settings.apply_chat_template,
+        "seed": settings.seed,
+        "margin": margin,
+    }
+
+
+# --- checks -----------------------------------------------------------------------------------------------------------
+
+
+def _check_settings(settings: EvalSettings) -> None:
+    if not settings.tasks:
+        raise EvaluationError("no tasks to evaluate", "name some with --tasks")
+    if settings.backend not in _BACKENDS:
+        raise EvaluationError(f"unknown backend {settings.backend!r}", nearest(settings.backend, _BACKENDS))
+    for module in (_BACKENDS[settings.backend], "lm_eval"):
+        if importlib.util.find_spec(module) is None:
+            raise EvaluationError(f"{module} is not installed", f"pip install {module.replace('_', '-')}")
+    reserved = sorted(_RESERVED & settings.model_args.keys())
+    if reserved:
+        raise EvaluationError(f"model arguments may not hold {', '.join(reserved)}", "moeprune sets it itself")
+    if settings.batch_size < 1:
+        raise EvaluationError("the batch size must be a positive number", "a fixed one, so that both models share it")
+    if settings.limit is not None and settings.limit < 1:
+        raise EvaluationError("the limit must be at least one document")
+
+
+def _has_tokenizer(folder: Path) -> bool:
+    return any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json", "tokenizer.model"))
+
+
+@contextlib.contextmanager
+def hushed() -> Iterator[None]:
+    """Keep lm-eval and its friends off stdout, and off stderr too unless a person watches; errors still raise."""
+    # their log handlers bind to stderr at import: import them before it is redirected
+    for name in _CHATTY:
+        importlib.import_module(name)
+    watched = sys.stderr.isatty() and not quiet.get()
+    levels = {name: logging.getLogger(name).level for name in _CHATTY}
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(warnings.catch_warnings(action="ignore"))
+        nowhere = stack.enter_context(Path(os.devnull).open("w", encoding="utf-8"))
+        stack.enter_context(contextlib.redirect_stdout(sys.stderr if watched else nowhere))
+        stack.enter_context(contextlib.redirect_stderr(sys.stderr if watched else nowhere))
+        try:
+            for name in _CHATTY:
+                logging.getLogger(name).setLevel(logging.CRITICAL)
+            yield
+        finally:
+            for name, level in levels.items():
+                logging.getLogger(name).setLevel(level)
+
+
+# --- hf, in this process ----------------------------------------------------------------------------------------------
+
+
+def _run_in_process(
+    model: Model, settings: EvalSettings, output: Path, loaded: LoadedTasks, tokenizer: Path | None
+) -> None:
+    import jinja2
+    import torch
+    from safetensors import SafetensorError
+
+    name = str(model) if isinstance(model, Path) else type(model[0]).__name__
+    was_training = not isinstance(model, Path) and model[0].training
+    try:
+        lm = _load_model(model, settings, tokenizer)
+        _evaluate(lm, name, settings, output, loaded)
+    except (
+        *(OSError, ValueError, LookupError, RuntimeError, TypeError, ImportError, AssertionError),
+        *(SafetensorError, jinja2.TemplateError),
+    ) as error:  # damaged weights, unknown model arguments, chat templates, memory: all that a model brings along
+        raise EvaluationError(f"lm-eval could not evaluate {name}: {_first_line(error)}") from error
+    finally:
+        if not isinstance(model, Path):
+            model[0].train(was_training)
+        lm = None
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+
+def _load_model(model: Model, settings: EvalSettings, tokenizer: Path | None) -> Any:
+    from lm_eval.models.huggingface import HFLM
+
+    if not isinstance(model, Path):
+        module, own_tokenizer = model
+        return HFLM(pretrained=module, tokenizer=own_tokenizer, batch_size=settings.batch_size, **settings.model_args)
+    device = {"device": settings.device} if settings.device else {}
+    return HFLM(**{**device, **_model_arguments(model, settings, tokenizer)}, batch_size=settings.batch_size)
+
+
+def _model_arguments(model: Path, settings: EvalSettings, tokenizer: Path | None) -> dict[str, Any]:
+    # trust_remote_code is always said aloud: one of lm-eval's backends trusts by default
+    arguments = {
+        "pretrained": str(model.absolute()),
+        "dtype": settings.dtype,
+        "trust_remote_code": settings.trust_remote_code,
+    }
+    if tokenizer is not None:
+        arguments["tokenizer"] = str(tokenizer.absolute())
+    return {**arguments, **settings.model_args}
+
+
+def _evaluate(lm: Any, name: str, settings: EvalSettings, output: Path, loaded: LoadedTasks) -> None:
+    """What lm-eval's ``simple_evaluate`` does, less its seconds of probing the machine and its look-ups on the Hub."""
+    from lm_eval.evaluator import evaluate
+    from lm_eval.loggers import EvaluationTracker
+
+    # with a .json suffix the tracker writes beside it, not into a sub-folder named after the model's whole path
+    tracker = EvaluationTracker(output_path=str(output / "results.json"))
+    chat = settings.apply_chat_template
+    tracker.general_config_tracker.log_experiment_args(
+        model_source=settings.backend,
+        model_args={"pretrained": name},
+        system_instruction=None,
+        chat_template=lm.chat_template(chat) if chat else None,
+        fewshot_as_multiturn=chat,
+    )
+    _seed(settings)
+    loaded.configure(num_fewshot=settings.num_fewshot, seed=settings.seeds["fewshot_seed"])
+    results = evaluate(
+        lm=lm,
+        task_dict=loaded.task_dict,
+        limit=settings.limit,
+        bootstrap_iters=0,  # its unpaired standard errors are of no use to a paired comparison
+        log_samples=True,
+        apply_chat_template=chat,
+        fewshot_as_multiturn=chat,
+    )
+    samples = results.pop("samples")
+    results.update(_provenance(lm, settings))
+    tracker.save_results_aggregated(results=results, samples=samples)
+    for task in results["configs"]:
+        tracker.save_results_samples(task_name=task, samples=samples[task])
+    if len(list(output.glob("samples_*.jsonl"))) < len(results["configs"]):  # the tracker only logs what went wrong
+        raise EvaluationError(f"lm-eval could not save its results in {output}", "is there space on the disk?")
+
+
+def _provenance(lm: Any, settings: EvalSettings) -> dict[str, Any]:
+    import lm_eval
+    import transformers
+
+    config = {
+        "model": settings.backend,
+        "model_args": dict(settings.model_args),
+        "model_dtype": str(lm.model.dtype),
+        "batch_size": settings.batch_size,
+        "limit": settings.limit,
+        **settings.seeds,
+    }
+    return {
+        "config": config,
+        "lm_eval_version": lm_eval.__version__,
+        "transformers_version": transformers.__version__,
+    }
+
+
+def _seed(settings: EvalSettings) -> None:
+    import numpy as np
+    import torch
+
+    random.seed(settings.seeds["random_seed"])
+    np.random.seed(settings.seeds["numpy_seed"])  # noqa: NPY002 - tasks may draw from the global generator
+    torch.manual_seed(settings.seeds["torch_seed"])
+
+
+def _first_line(error: BaseException) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
+# --- any backend, one process per model -------------------------------------------------------------------------------
+
+
+def _run_subprocess(
+    model: Path, settings: EvalSettings, output: Path, include_path: Path | None, tokenizer: Path | None
+) -> None:
+    """Run lm-eval's own command: the memory is surely free afterwards, and a crash stays there.
+
+    What it prints goes to ``lm_eval.log`` beside its results.
+    """
+    output.mkdir(parents=True, exist_ok=True)
+    log = output / "lm_eval.log"
+    command = _command(model, settings, output, include_path, tokenizer)
+    environment = {**os.environ, "TOKENIZERS_PARALLELISM": "false"}
+    with log.open("wb") as handle:
+        done = subprocess.run(command, stdout=handle, stderr=subprocess.STDOUT, env=environment, check=False)
+    if done.returncode or not any(output.glob("results_*.json")):
+        lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
+        raise EvaluationError(f"lm-eval failed on {model}:\n" + "\n".join(lines[-5:]), f"all of its output is in {log}")
+
+
+def _command(
+    model: Path, settings: EvalSettings, output: Path, include_path: Path | None, tokenizer: Path | None
+) -> list[str]:
+    options = {
+        "--model": settings.backend,
+        "--model_args": json.dumps(_model_arguments(model, settings, tokenizer)),
+        "--tasks": ",".join(settings.tasks),
+        "--batch_size": settings.batch_size,
+        "--output_path": output / "results.json",
+        "--seed": ",".join(map(str, settings.seeds.values())),
+        "--include_path": include_path,
+        "--limit": settings.limit,
+        "--device": settings.device,
+        "--num_fewshot": settings.num_fewshot,
+    }
+    flags = {
+        "--log_samples": True,
+        "--apply_chat_template": settings.apply_chat_template,
+        "--trust_remote_code": settings.trust_remote_code,
+    }
+    given = [str(part) for option in options.items() if option[1] is not None for part in option]
+    return [sys.executable, "-m", "lm_eval", "run", *given, *(flag for flag, is_set in flags.items() if is_set)]

@@ -1,0 +1,106 @@
+"""The report of an evaluation: JSON for programs, Markdown for people, a table for the terminal."""
+
+from __future__ import annotations
+
+from importlib import resources
+from pathlib import Path
+
+from moeprune._files import write_atomic
+from moeprune.evaluation.compare import EvalReport, SuiteComparison, TaskComparison
+
+_WIDTH = 110
+_HEAD = ("task", "n", "base", "pruned", "change", "95 % interval", "lost", "gained", "p", "verdict")
+
+
+def write_report(report: EvalReport, folder: Path) -> None:
+    """Write ``report.json`` and ``report.md`` into the folder."""
+    write_atomic(folder / "report.json", report.to_json())
+    write_atomic(folder / "report.md", render_markdown(report))
+
+
+def render_markdown(report: EvalReport) -> str:
+    """The report as a Markdown page."""
+    import jinja2
+
+    environment = jinja2.Environment(  # noqa: S701 - Markdown, not HTML; `cell` escapes names
+        trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True, undefined=jinja2.StrictUndefined
+    )
+    environment.filters.update(cell=_cell, signed=_signed, interval=_interval, pvalue=_p_value, score=_score)
+    source = resources.files("moeprune.evaluation").joinpath("templates/report.md.j2").read_text(encoding="utf-8")
+    units = "points" if all(row.unit == "points" for row in report.tasks) else "points, or the metric's own unit"
+    template = environment.from_string(source)
+    return template.render(report=report, banner=banner(report), legend=legend(report), units=units)
+
+
+def render_table(report: EvalReport) -> str:
+    """The report as plain aligned text, at most 110 columns wide, worst task first."""
+    rows = [_task_cells(row) for row in report.tasks]
+    if report.suite:
+        rows.append(_suite_cells(report.suite))
+    widths = [max(len(row[column]) for row in [_HEAD, *rows]) for column in range(len(_HEAD))]
+    widths[0] = min(widths[0], _WIDTH - sum(widths[1:]) - 2 * (len(widths) - 1))
+    lines = [_line(row, widths) for row in [_HEAD, *rows]]
+    if report.suite:
+        lines.insert(-1, "-" * len(lines[0]))
+    notes = [banner(report)] if report.partial else []
+    notes += [f"note: {warning}" for warning in report.warnings]
+    return "\n".join([*notes, *lines, legend(report)]) + "\n"
+
+
+def banner(report: EvalReport) -> str:
+    """What a reader must know when only part of the documents ran."""
+    share = ", ".join(f"{row.task} {row.n} of {row.n_full}" for row in report.tasks if row.n < row.n_full)
+    if len(share) > _WIDTH - 30:
+        share = "only part of each task's documents ran"
+    return f"NOT the full benchmark: {share}"
+
+
+def legend(report: EvalReport) -> str:
+    """One line that says how to read the columns."""
+    return (
+        f"lost/gained: better with base/pruned; verdict: margin {report.margin:g} pt, Holm p; "
+        "inconclusive = too few documents to tell"
+    )
+
+
+def _task_cells(row: TaskComparison) -> tuple[str, ...]:
+    change = (_signed(row.change), _interval(row.interval), str(row.lost), str(row.gained), _p_value(row.p_adjusted))
+    return (row.task, str(row.n), _score(row, "base"), _score(row, "pruned"), *change, row.verdict)
+
+
+def _suite_cells(suite: SuiteComparison) -> tuple[str, ...]:
+    scores = (f"{100 * suite.base:.1f}", f"{100 * suite.pruned:.1f}")
+    change = (_signed(suite.change), _interval(suite.interval), "", "", "")
+    return (f"mean of {suite.tasks} tasks", "", *scores, *change, suite.verdict)
+
+
+def _line(cells: tuple[str, ...], widths: list[int]) -> str:
+    first = cells[0] if len(cells[0]) <= widths[0] else cells[0][: widths[0] - 3] + "..."
+    middle = [cell.rjust(width) for cell, width in zip(cells[1:-1], widths[1:-1], strict=True)]
+    return "  ".join([first.ljust(widths[0]), *middle, cells[-1]]).rstrip()
+
+
+def _score(row: TaskComparison, side: str) -> str:
+    value: float = getattr(row, side)
+    return f"{100 * value:.1f}" if row.unit == "points" else f"{value:.4g}"
+
+
+def _signed(value: float) -> str:
+    text = f"{value:+.1f}"
+    return "0.0" if text in {"+0.0", "-0.0"} else text
+
+
+def _interval(ends: tuple[float, float]) -> str:
+    return f"{_signed(ends[0])}..{_signed(ends[1])}"
+
+
+def _p_value(p: float) -> str:
+    return "<0.001" if p < 0.001 else f"{p:.3f}"
+
+
+def _cell(value: object) -> str:
+    """Text that stays inside its table cell and is no markup."""
+    text = " ".join(str(value).split())
+    for sign, escape in (("&", "&amp;"), ("<", "&lt;"), ("|", "\\|"), ("*", "\\*"), ("`", "\\`")):
+        text = text.replace(sign, escape)
+    return text

@@ -1,0 +1,1 @@
+"""Executors of plans: checkpoint in, checkpoint out, without loading a model."""
