@@ -33,7 +33,7 @@ class Document:
     def split(self) -> str:
         """The one split that the document belongs to."""
         bucket = stable_hash(self.name) % 100
-        edges = (("task", 9), ("heldout", 12), ("selection", 15), ("calibration", 23))
+        edges = (("task", 18), ("heldout", 22), ("selection", 26), ("calibration", 33))
         return next((name for name, edge in edges if bucket < edge), "train")
 
 

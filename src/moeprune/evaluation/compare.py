@@ -31,6 +31,7 @@ from moeprune.evaluation.paired import (
 SCHEMA = "moeprune.report/1"
 
 _PREFERRED = ("acc", "exact_match")
+_DERIVED = {"schema", "moeprune_version", "partial"}
 _SAME_EXPERIMENT = "run both with the same tasks, lm-eval version, few-shot examples, seeds, tokenizer and --limit"
 
 
@@ -131,7 +132,7 @@ class EvalReport:
         """
         payload = parse_json(text, source)
         check_schema(payload, SCHEMA, source)
-        content = {name: value for name, value in payload.items() if name not in _NOT_FIELDS}
+        content = {name: value for name, value in payload.items() if name not in _DERIVED}
         try:
             content["tasks"] = tuple(TaskComparison(**_with_interval(row)) for row in content["tasks"])
             content["suite"] = SuiteComparison(**_with_interval(content["suite"])) if content["suite"] else None
@@ -139,9 +140,6 @@ class EvalReport:
             return cls(**content)
         except (KeyError, TypeError, ValueError) as error:
             raise ArtifactError(f"{source} is not a complete {SCHEMA} file: {error}") from error
-
-
-_NOT_FIELDS = {"schema", "moeprune_version", "partial"}
 
 
 def _with_interval(row: Mapping[str, Any]) -> dict[str, Any]:
@@ -331,7 +329,7 @@ def compare_folders(
         pruned_model=_model_name(pruned.results),
         margin=margin,
         alpha=alpha,
-        limit=_limit(base.results),
+        limit=_setting(base.results, "limit"),
         tasks=tuple(rows),
         suite=_compare_suite([row for row in rows if row.unit == "points"], margin, alpha),
         settings=_settings(base.results),
@@ -444,11 +442,6 @@ def _compare_suite(rows: Sequence[TaskComparison], margin: float, alpha: float) 
 def _model_name(results: Mapping[str, Any]) -> str:
     """Last part of the model's name: where it lay on this machine is nobody's business."""
     return Path(str(results.get("model_name") or "model")).name
-
-
-def _limit(results: Mapping[str, Any]) -> float | None:
-    limit = _setting(results, "limit")
-    return None if limit is None else int(limit) if limit == int(limit) else float(limit)
 
 
 def _settings(results: Mapping[str, Any]) -> dict[str, Any]:

@@ -95,7 +95,7 @@ def prepare(settings: EvalSettings) -> Iterator[LoadedTasks]:
     """Check as `preflight` does and keep the loaded tasks for the runs inside the block."""
     _check_settings(settings)
     with tempfile.TemporaryDirectory(prefix="moeprune-tasks-") as scratch:
-        with hushed():
+        with hushed(), _uncounted():
             loaded = load_tasks(settings.tasks, settings.include_path, Path(scratch))
         yield loaded
 
@@ -230,6 +230,19 @@ def hushed() -> Iterator[None]:
                 logging.getLogger(name).setLevel(level)
 
 
+@contextlib.contextmanager
+def _uncounted() -> Iterator[None]:
+    """Keep datasets from reporting every load over the network, local JSON files included: seconds per task offline."""
+    import datasets
+
+    before = datasets.config.HF_UPDATE_DOWNLOAD_COUNTS
+    datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False
+    try:
+        yield
+    finally:
+        datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = before
+
+
 # --- hf, in this process ----------------------------------------------------------------------------------------------
 
 
@@ -361,7 +374,7 @@ def _run_subprocess(
     output.mkdir(parents=True, exist_ok=True)
     log = output / "lm_eval.log"
     command = _command(model, settings, output, include_path, tokenizer)
-    environment = {**os.environ, "TOKENIZERS_PARALLELISM": "false"}
+    environment = {**os.environ, "TOKENIZERS_PARALLELISM": "false", "HF_UPDATE_DOWNLOAD_COUNTS": "0"}
     with log.open("wb") as handle:
         done = subprocess.run(command, stdout=handle, stderr=subprocess.STDOUT, env=environment, check=False)
     if done.returncode or not any(output.glob("results_*.json")):

@@ -1,0 +1,96 @@
+"""The four-way questions of the bundled lm-eval tasks."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+
+from tiny_moe.drills import DRILLS, Question, sample, stable_hash
+from tiny_moe.text import Document, shuffled
+
+QUESTIONS = 1000
+KINDS = {"prose": "text", "code": "code"} | dict.fromkeys(DRILLS, "drill")
+_GIVEN, _ASKED = 140, 48  # characters of a passage that are given, and of its continuation
+
+
+def _passages(documents: list[Document], domain: str) -> list[tuple[str, str]]:
+    """Cut the passages of a domain at blanks: what is given, and how it goes on."""
+    pairs = []
+    for document in shuffled(documents, domain, seed=1):
+        for paragraph in document.paragraphs:
+            for start in range(0, len(paragraph) - _GIVEN - _ASKED, _ASKED):
+                cut = paragraph.find(" ", start + _GIVEN)
+                given, after = paragraph[start:cut], paragraph[cut + 1 : cut + 1 + _ASKED]
+                if cut > 0 and len(after) == _ASKED and not after.isspace() and after[0] != " ":
+                    pairs.append((given, after))
+    return pairs
+
+
+def continuations(documents: list[Document], domain: str, rng: random.Random) -> list[Question]:
+    """Ask which of four passages goes on a given one; the wrong ones go on other passages of the same domain."""
+    pairs = _passages(documents, domain)
+    rng.shuffle(pairs)
+    questions = []
+    for given, after in pairs[:QUESTIONS]:
+        others = rng.sample([other for _, other in pairs if other != after], 3)
+        questions.append(Question(prompt=given, answer=after, wrong=tuple(others)))
+    return questions
+
+
+def drill_questions(name: str, rng: random.Random) -> list[Question]:
+    """Draw distinct questions of one drill from the task split."""
+    found: dict[str, Question] = {}
+    while len(found) < QUESTIONS:
+        question = sample(name, "task", rng)
+        found.setdefault(question.prompt, question)
+    return list(found.values())
+
+
+def write_task(name: str, questions: list[Question], folder: Path, rng: random.Random) -> None:
+    """Write one task: a YAML file and its questions, the right answer at every position equally often."""
+    folder.mkdir(parents=True, exist_ok=True)
+    rows = []
+    for number, question in enumerate(questions):
+        choices = list(question.wrong)
+        choices.insert(number % 4, question.answer)
+        rows.append({"prompt": question.prompt, "choices": choices, "label": number % 4})
+    rng.shuffle(rows)
+    lines = "".join(json.dumps(row) + "\n" for row in rows)
+    (folder / f"{name}.jsonl").write_text(lines, encoding="utf-8")
+    (folder / f"{name}.yaml").write_text(_YAML.format(name=name, kind=KINDS[name]), encoding="utf-8")
+
+
+def write_group(names: list[str], folder: Path) -> None:
+    """Write the group that runs every task."""
+    listed = "".join(f"  - tiny_{name}\n" for name in names)
+    (folder / "tiny.yaml").write_text(f"group: tiny\ntask:\n{listed}", encoding="utf-8")
+
+
+def all_questions(documents: list[Document], seed: int) -> dict[str, list[Question]]:
+    """Every candidate task's questions."""
+    questions = {
+        domain: continuations(documents, domain, random.Random(seed + stable_hash(domain)))
+        for domain in ("prose", "code")
+    }
+    return questions | {name: drill_questions(name, random.Random(seed + stable_hash(name))) for name in DRILLS}
+
+
+_YAML = """task: tiny_{name}
+tag: tiny_{kind}
+dataset_path: json
+dataset_kwargs:
+  data_files:
+    test: {name}.jsonl
+test_split: test
+output_type: multiple_choice
+doc_to_text: "{{{{prompt}}}}"
+doc_to_choice: "{{{{choices}}}}"
+doc_to_target: label
+metric_list:
+  - metric: acc
+    aggregation: mean
+    higher_is_better: true
+metadata:
+  version: 1.0
+"""
