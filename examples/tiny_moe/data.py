@@ -85,7 +85,11 @@ def train_tokenizer(corpus: dict[str, list[Document]], seed: int) -> PreTrainedT
     )
     tokenizer.train_from_iterator(texts, trainer)
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, eos_token=END, pad_token=END, model_max_length=512, clean_up_tokenization_spaces=False
+        tokenizer_object=tokenizer,
+        eos_token=END,
+        pad_token=END,
+        model_max_length=512,
+        clean_up_tokenization_spaces=False,
     )
 
 

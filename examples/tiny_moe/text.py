@@ -14,8 +14,7 @@ from pathlib import Path
 from tiny_moe.drills import SPLITS, stable_hash
 
 SKIPPED = frozenset(
-    "__pycache__ config distutils encodings ensurepip idlelib lib-dynload lib2to3 msilib pydoc_data site-packages "
-    "dist-packages test tests idle_test tkinter turtledemo".split()
+    ["__pycache__", "config", "distutils", "encodings", "ensurepip", "idlelib", "lib-dynload", "lib2to3", "msilib", "pydoc_data", "site-packages", "dist-packages", "test", "tests", "idle_test", "tkinter", "turtledemo"]
 )
 WINDOW = 64
 LONG_LINE = 40

@@ -16,9 +16,9 @@ from moeprune._files import PathLike, begin_work, check_output_file, check_outpu
 from moeprune.calibration import CalibrationSet, check_vocabulary, load_calibration
 from moeprune.checkpoint import Checkpoint, open_checkpoint
 from moeprune.errors import ConfigError
-from moeprune.planner import check_decisions, make_plan
+from moeprune.planner import check_decisions, make_plan, preview
 from moeprune.plans import Budget, MtpPolicy, PruningPlan
-from moeprune.rewrite.drop import DEFAULT_SHARD_SIZE, PROVENANCE, apply_drop, check_output
+from moeprune.rewrite.drop import DEFAULT_SHARD_SIZE, PROVENANCE, apply_drop, check_output, check_plan
 from moeprune.statistics import RouterStatistics
 from moeprune.strategies import DEFAULT as DEFAULT_STRATEGY
 from moeprune.strategies import Criterion, resolve
@@ -208,6 +208,7 @@ def apply(
     max_shard_size: int = DEFAULT_SHARD_SIZE,
     overwrite: bool = False,
     revision: str | None = None,
+    dry_run: bool = False,
 ) -> Path:
     """Write the pruned checkpoint that a plan describes, by copying bytes. Runs without torch.
 
@@ -218,12 +219,17 @@ def apply(
         max_shard_size: bytes of tensors per file.
         overwrite: replace a folder that is not empty.
         revision: of a Hub model.
+        dry_run: check everything and write nothing.
 
     Returns:
         The folder.
     """
     decided = plan if isinstance(plan, PruningPlan) else PruningPlan.load(plan)
     checkpoint = open_checkpoint(model, revision=revision)
+    if dry_run:
+        check_plan(checkpoint, decided)
+        check_output(checkpoint, output, overwrite=overwrite)
+        return Path(output)
     return apply_drop(checkpoint, decided, output, max_shard_size=max_shard_size, overwrite=overwrite)
 
 
@@ -309,16 +315,13 @@ def compare(
 
 @dataclass(frozen=True, kw_only=True)
 class PruneResult:
-    """What a one-shot run made."""
+    """What a one-shot run made; a dry run makes a preview of the plan and nothing else."""
 
     output: Path
     plan: PruningPlan
-    statistics: RouterStatistics
-    verification: Verification
-    report: EvalReport | None
-    limit: int | None
-    base: Checkpoint
-    pruned: Checkpoint
+    statistics: RouterStatistics | None = None
+    verification: Verification | None = None
+    report: EvalReport | None = None
 
 
 def prune(
@@ -337,6 +340,7 @@ def prune(
     overwrite: bool = False,
     revision: str | None = None,
     round_to: int = 1,
+    dry_run: bool = False,
     **decisions: Any,
 ) -> PruneResult:
     """Collect, plan, apply, verify and, with tasks, evaluate. Everything that can be refused is refused first.
@@ -356,6 +360,7 @@ def prune(
         overwrite: replace a folder that is not empty.
         revision: of a Hub model.
         round_to: make the kept count a multiple of this.
+        dry_run: check everything, preview the size and the engines, and run nothing.
         decisions: ``weights``, ``protect``, ``guard``, ``mtp``, ``target``, ``seed`` as for :func:`plan`.
     """
     sources, names = (((text,) if isinstance(text, str) else tuple(text)) for text in (calibration, tasks))
@@ -373,8 +378,12 @@ def prune(
         )
     settings = _options(sources=sources, **dict(calibration_options or {}))
     data = settings.load(checkpoint) if sources else None
-    check_decisions(checkpoint, budget, strategy=strategy, domains=sorted(set(data.domains)) if data else (), **decisions)
+    check_decisions(
+        checkpoint, budget, strategy=strategy, domains=sorted(set(data.domains)) if data else (), **decisions
+    )
     evaluated = _preflight(names, evaluation) if names else None
+    if dry_run:
+        return PruneResult(output=target, plan=preview(checkpoint, budget, strategy=strategy, **decisions))
     statistics = collect_from(checkpoint, settings, data)
     made = make_plan(checkpoint, statistics, budget, strategy=strategy, **decisions)
     apply_drop(checkpoint, made, target, max_shard_size=max_shard_size, overwrite=overwrite, extra=_records(statistics))
@@ -397,16 +406,7 @@ def _finish(
     report = None
     if evaluated is not None:
         report = evaluate_checkpoints(checkpoint, pruned, evaluated, target / PROVENANCE / "report", margin=margin)
-    return PruneResult(
-        output=target,
-        plan=made,
-        statistics=statistics,
-        verification=verification,
-        report=report,
-        limit=evaluated.limit if evaluated else None,
-        base=checkpoint,
-        pruned=pruned,
-    )
+    return PruneResult(output=target, plan=made, statistics=statistics, verification=verification, report=report)
 
 
 def _preflight(names: tuple[str, ...], evaluation: Mapping[str, Any]) -> EvalSettings:

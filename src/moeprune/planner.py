@@ -91,6 +91,20 @@ def make_plan(
     return _with_size(checkpoint, check_plan(checkpoint, plan))
 
 
+def preview(
+    checkpoint: Checkpoint, budget: Budget, *, strategy: str | Criterion, mtp: MtpPolicy = "cut", **_: Any
+) -> PruningPlan:
+    """A plan of the right size whose choice of experts means nothing, for looking before calibrating."""
+    nothing = RouterStatistics.empty(
+        checkpoint.moe_layers,
+        num_experts=checkpoint.num_experts,
+        top_k=checkpoint.top_k,
+        model=checkpoint.fingerprint,
+    )
+    drawn = make_plan(checkpoint, nothing, budget, strategy="random", guard=False, mtp=mtp)
+    return dataclasses.replace(drawn, strategy=_describe(resolve(strategy)))
+
+
 def check_decisions(
     checkpoint: Checkpoint,
     budget: Budget,
