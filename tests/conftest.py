@@ -6,13 +6,23 @@ import json
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
+from hypothesis import HealthCheck, settings
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from moeprune.plans import PruningPlan
 
 # No test may reach for the network, whatever the machine's settings.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_DATASETS_OFFLINE"] = "1"
+
+# A busy machine must not fail a property test.
+settings.register_profile("suite", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("suite")
 
 FIXTURES = Path(__file__).parent / "fixtures"
 
@@ -70,6 +80,9 @@ def build_checkpoint(model_type: str, folder: Path, **changes: Any) -> Path:
         for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
             if "gate.weight" in name or "e_score_correction_bias" in name:
                 tensor.normal_(0, 0.5)
+    for name, tensor in model.named_buffers():  # as in the public checkpoints, whatever the dtype of the rest
+        if "e_score_correction_bias" in name:
+            tensor.data = tensor.float()
     model.save_pretrained(folder, max_shard_size="60KB")
     _hub_style_config(folder, model_type, values)
     if values.get("num_nextn_predict_layers"):
@@ -84,7 +97,8 @@ def _hub_style_config(folder: Path, model_type: str, values: dict[str, Any]) -> 
     if model_type in _ON_HUB:
         config.pop("num_local_experts", None)
         config |= {"num_experts": values["num_experts"]}
-    config |= {"rope_theta": 10000.0, "torch_dtype": "float32", "a_key_nobody_knows": [1, 2.50, "x"]}
+    config |= {"rope_theta": 10000.0, "torch_dtype": values.get("dtype", "float32")}
+    config["a_key_nobody_knows"] = [1, 2.50, "x"]
     if "num_nextn_predict_layers" in values:
         config["num_nextn_predict_layers"] = values["num_nextn_predict_layers"]
     (folder / "config.json").write_text(json.dumps(config, indent=4) + "\n\n")
@@ -110,16 +124,63 @@ def _add_mtp_layer(folder: Path, depth: int) -> None:
 
 
 @pytest.fixture(scope="session")
-def checkpoint_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """A random checkpoint of an architecture, built once per session; treat it as read-only."""
+def checkpoint_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """A random checkpoint of an architecture, with changes to its config, built once per session; read-only."""
     built: dict[str, Path] = {}
 
-    def build(model_type: str) -> Path:
-        if model_type not in built:
-            built[model_type] = build_checkpoint(model_type, tmp_path_factory.mktemp(model_type) / "base")
-        return built[model_type]
+    def build(model_type: str, **changes: Any) -> Path:
+        key = f"{model_type} {sorted(changes.items())}"
+        if key not in built:
+            built[key] = build_checkpoint(model_type, tmp_path_factory.mktemp(model_type) / "base", **changes)
+        return built[key]
 
     return build
+
+
+@pytest.fixture(scope="session")
+def model_of(checkpoint_of: Callable[..., Path]) -> Callable[..., PreTrainedModel]:
+    """The model of :func:`checkpoint_of`, loaded once per session; treat it as read-only."""
+    loaded: dict[Path, PreTrainedModel] = {}
+
+    def load(model_type: str, **changes: Any) -> PreTrainedModel:
+        folder = checkpoint_of(model_type, **changes)
+        if folder not in loaded:
+            from transformers import AutoModelForCausalLM
+
+            loaded[folder] = AutoModelForCausalLM.from_pretrained(folder).eval()
+        return loaded[folder]
+
+    return load
+
+
+def plan_by_hand(folder: Path, kept: int, *, seed: int = 0, mtp: bool = True) -> PruningPlan:
+    """Keep-lists drawn for every layer on its own, with equal counts per group, bound to the checkpoint."""
+    import numpy as np
+
+    from moeprune.checkpoint import open_checkpoint
+    from moeprune.plans import LayerPlan, PruningPlan
+
+    checkpoint = open_checkpoint(folder)
+    rng = np.random.default_rng(seed)
+    blocks = np.arange(checkpoint.num_experts).reshape(checkpoint.n_group, -1)
+
+    def keep() -> tuple[int, ...]:
+        chosen = [rng.permutation(block)[: kept // checkpoint.n_group] for block in blocks]
+        return tuple(int(expert) for expert in np.sort(np.concatenate(chosen)))
+
+    layers = checkpoint.all_moe_layers if mtp else checkpoint.moe_layers
+    return PruningPlan(
+        layers={layer: LayerPlan(keep=keep()) for layer in layers},
+        config_edits={},
+        command={"stage": "by hand"},
+        inputs={"model": checkpoint.fingerprint},
+    )
+
+
+@pytest.fixture(name="plan_by_hand", scope="session")
+def plan_by_hand_fixture() -> Callable[..., PruningPlan]:
+    """:func:`plan_by_hand`, for tests that cannot import this file."""
+    return plan_by_hand
 
 
 @pytest.fixture

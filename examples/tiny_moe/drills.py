@@ -78,31 +78,16 @@ def _pick_wrong(rng: random.Random, answer: str, candidates: Iterator[str]) -> t
     return tuple(wrong)
 
 
-def arithmetic(rng: random.Random) -> Question:
-    """Add or subtract two numbers below one hundred."""
-    a, b = rng.randrange(100), rng.randrange(100)
-    if rng.random() < 0.5:
-        prompt, answer = f"{a} + {b} =", a + b
-    else:
-        a, b = max(a, b), min(a, b)
-        prompt, answer = f"{a} - {b} =", a - b
-
-    def near() -> Iterator[str]:
-        while True:
-            yield str(abs(answer + rng.choice((-30, -20, -12, -10, -8, -3, -2, -1, 1, 2, 3, 8, 10, 12, 20, 30))))
-
-    return Question(prompt=prompt, answer=str(answer), wrong=_pick_wrong(rng, str(answer), near()))
-
-
-def _shuffles(rng: random.Random, items: list[str]) -> Iterator[str]:
-    """Yield the items in random orders, one swap or one full shuffle at a time."""
+def _near_orders(rng: random.Random, ordered: list[str]) -> Iterator[str]:
+    """Yield near misses: another letter in the same order, or two neighbours swapped."""
     while True:
-        changed = list(items)
-        if rng.random() < 0.6:
-            i, j = rng.sample(range(len(items)), 2)
-            changed[i], changed[j] = changed[j], changed[i]
+        changed = list(ordered)
+        if rng.random() < 0.7:
+            changed[rng.randrange(len(changed))] = rng.choice([x for x in LETTERS if x not in ordered])
+            changed.sort()
         else:
-            rng.shuffle(changed)
+            i = rng.randrange(len(changed) - 1)
+            changed[i], changed[i + 1] = changed[i + 1], changed[i]
         yield " ".join(changed)
 
 
@@ -111,9 +96,8 @@ def sorting(rng: random.Random) -> Question:
     letters = rng.sample(LETTERS, rng.choice((4, 5)))
     ordered = sorted(letters)
     answer = " ".join(ordered)
-    return Question(
-        prompt=f"sort {' '.join(letters)} :", answer=answer, wrong=_pick_wrong(rng, answer, _shuffles(rng, ordered))
-    )
+    wrong = _pick_wrong(rng, answer, _near_orders(rng, ordered))
+    return Question(prompt=f"sort {' '.join(letters)} :", answer=answer, wrong=wrong)
 
 
 def _shift(letter: str, step: int) -> str:
@@ -152,16 +136,6 @@ def comparison(rng: random.Random) -> Question:
     return Question(prompt=f"{word} of {' '.join(map(str, numbers))} :", answer=str(answer), wrong=wrong)
 
 
-def lookup(rng: random.Random) -> Question:
-    """Repeat the value that a key was given earlier in the line."""
-    keys = rng.sample([a + b for a in ONSETS for b in "aeiou"], 4)
-    values = rng.sample([word for words in ATTRIBUTES.values() for word in words], 4)
-    asked = rng.randrange(4)
-    pairs = " , ".join(f"{key} {value}" for key, value in zip(keys, values, strict=True))
-    wrong = tuple(value for i, value in enumerate(values) if i != asked)
-    return Question(prompt=f"{pairs} ; {keys[asked]}", answer=values[asked], wrong=wrong)
-
-
 def brackets(rng: random.Random) -> Question:
     """Close every bracket that is still open."""
     text: list[str] = []
@@ -182,25 +156,6 @@ def brackets(rng: random.Random) -> Question:
 
     right = " ".join(answer)
     return Question(prompt=f"close {' '.join(text)} :", answer=right, wrong=_pick_wrong(rng, right, damaged()))
-
-
-def tracing(rng: random.Random) -> Question:
-    """Follow the values of three variables through assignments, modulo ten."""
-    x, y, z = rng.sample("uvwxyz", 3)
-    start, step = rng.randrange(10), rng.randrange(1, 10)
-    sign = rng.choice("+-")
-    second = (start + step if sign == "+" else start - step) % 10
-    values = {x: start, y: second, z: rng.choice((start, second))}
-    source = x if values[z] == start else y
-    asked = rng.choice((y, z))
-    prompt = f"{x} = {start} ; {y} = {x} {sign} {step} ; {z} = {source} ; {asked} =="
-
-    def digits() -> Iterator[str]:
-        while True:
-            yield str(rng.randrange(10))
-
-    answer = str(values[asked])
-    return Question(prompt=prompt, answer=answer, wrong=_pick_wrong(rng, answer, digits()))
 
 
 def knowledge(rng: random.Random) -> Question:
@@ -225,13 +180,10 @@ def split_of_fact(prompt: str) -> str:
 
 
 DRILLS: dict[str, Drill] = {
-    "arithmetic": arithmetic,
     "sorting": sorting,
     "transform": transform,
     "comparison": comparison,
-    "lookup": lookup,
     "brackets": brackets,
-    "tracing": tracing,
     "knowledge": knowledge,
 }
 

@@ -11,18 +11,19 @@ from tiny_moe.text import Document, shuffled
 
 QUESTIONS = 1000
 KINDS = {"prose": "text", "code": "code"} | dict.fromkeys(DRILLS, "drill")
-_GIVEN, _ASKED = 140, 48  # characters of a passage that are given, and of its continuation
+_LENGTHS = {"prose": (300, 24), "code": (200, 12)}  # characters of a passage that are given, and of its continuation
 
 
 def _passages(documents: list[Document], domain: str) -> list[tuple[str, str]]:
     """Cut the passages of a domain at blanks: what is given, and how it goes on."""
     pairs = []
+    length, asked = _LENGTHS[domain]
     for document in shuffled(documents, domain, seed=1):
         for paragraph in document.paragraphs:
-            for start in range(0, len(paragraph) - _GIVEN - _ASKED, _ASKED):
-                cut = paragraph.find(" ", start + _GIVEN)
-                given, after = paragraph[start:cut], paragraph[cut + 1 : cut + 1 + _ASKED]
-                if cut > 0 and len(after) == _ASKED and not after.isspace() and after[0] != " ":
+            for start in range(0, len(paragraph) - length - asked, length // 3):
+                cut = paragraph.find(" ", start + length)
+                given, after = paragraph[start:cut], paragraph[cut + 1 : cut + 1 + asked]
+                if cut > 0 and len(after) == asked and not after.isspace() and after[0] != " ":
                     pairs.append((given, after))
     return pairs
 

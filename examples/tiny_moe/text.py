@@ -14,7 +14,25 @@ from pathlib import Path
 from tiny_moe.drills import SPLITS, stable_hash
 
 SKIPPED = frozenset(
-    ["__pycache__", "config", "distutils", "encodings", "ensurepip", "idlelib", "lib-dynload", "lib2to3", "msilib", "pydoc_data", "site-packages", "dist-packages", "test", "tests", "idle_test", "tkinter", "turtledemo"]
+    [
+        "__pycache__",
+        "config",
+        "distutils",
+        "encodings",
+        "ensurepip",
+        "idlelib",
+        "lib-dynload",
+        "lib2to3",
+        "msilib",
+        "pydoc_data",
+        "site-packages",
+        "dist-packages",
+        "test",
+        "tests",
+        "idle_test",
+        "tkinter",
+        "turtledemo",
+    ]
 )
 WINDOW = 64
 LONG_LINE = 40
@@ -105,7 +123,7 @@ def _long_lines(paragraph: str) -> Iterator[str]:
 
 
 def load_corpus() -> dict[str, list[Document]]:
-    """Read all documents, split by split; a paragraph that repeats a passage of an earlier split or document is dropped.
+    """Read all documents by split; a paragraph that repeats a passage of an earlier split or document is dropped.
 
     The order of the splits matters: the tasks choose first and the training text takes what is left.
     """

@@ -28,12 +28,12 @@ if TYPE_CHECKING:
     from moeprune.errors import StrategyError as StrategyError
     from moeprune.errors import UnsupportedModelError as UnsupportedModelError
     from moeprune.evaluation.compare import EvalReport as EvalReport
+    from moeprune.oneshot import prune as prune
     from moeprune.pipeline import apply as apply
     from moeprune.pipeline import collect as collect
     from moeprune.pipeline import compare as compare
     from moeprune.pipeline import evaluate as evaluate
     from moeprune.pipeline import plan as plan
-    from moeprune.pipeline import prune as prune
     from moeprune.pipeline import verify as verify
     from moeprune.plans import Budget as Budget
     from moeprune.plans import PruningPlan as PruningPlan
@@ -59,7 +59,8 @@ _HOMES = {
         "UnsupportedModelError",
     ),
     "evaluation.compare": ("EvalReport",),
-    "pipeline": ("apply", "collect", "compare", "evaluate", "plan", "prune", "verify"),
+    "oneshot": ("prune",),
+    "pipeline": ("apply", "collect", "compare", "evaluate", "plan", "verify"),
     "plans": ("Budget", "PruningPlan"),
     "runtime.surgery": ("prune_model", "save_model"),
     "statistics": ("RouterStatistics",),

@@ -10,10 +10,13 @@ import contextlib
 import contextvars
 import hashlib
 import json
+import math
 import os
+import re
 import shutil
 import sys
 import tempfile
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -87,16 +90,40 @@ def _layout(value: object, indent: str) -> str:
     return json.dumps(value, allow_nan=False, ensure_ascii=False)
 
 
-def parse_json(text: str | bytes, source: PathLike) -> Any:
-    """Parse JSON that may be hostile: NaN, bad UTF-8 and absurd nesting are errors that name the file."""
+_HALF_PAIR = re.compile(r"\\u[dD][89a-fA-F]")
 
-    def refuse(constant: str) -> None:
-        raise ValueError(f"non-finite number {constant}")
 
+def parse_json(text: str | bytes, source: PathLike, *, unique: bool = False) -> Any:
+    """Parse JSON that may be hostile: what could not be written again is an error that names the file.
+
+    Refused are numbers that are not finite, bad UTF-8, halves of surrogate pairs, absurd nesting and, where ``unique``
+    is asked for, names that an object has twice (the standard library keeps the last without a word).
+    """
     try:
-        return json.loads(text, parse_constant=refuse)
+        decoded = text if isinstance(text, str) else text.decode("utf-8-sig")
+        value = json.loads(
+            decoded, parse_constant=_finite, parse_float=_finite, object_pairs_hook=_distinct if unique else None
+        )
+        if _HALF_PAIR.search(decoded):
+            json.dumps(value, ensure_ascii=False).encode()
     except (ValueError, RecursionError) as error:
         raise ArtifactError(f"{source} is not valid JSON: {error}") from error
+    return value
+
+
+def _finite(number: str) -> float:
+    value = float(number)
+    if not math.isfinite(value):
+        raise ValueError(f"non-finite number {number}")
+    return value
+
+
+def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    result = dict(pairs)
+    if len(result) != len(pairs):
+        [(twice, _)] = Counter(name for name, _ in pairs).most_common(1)
+        raise ValueError(f"{twice!r} is there twice")
+    return result
 
 
 # --- the envelope of an artifact ------------------------------------------------------------------------------------
@@ -125,7 +152,7 @@ def read_artifact(path: PathLike, schema: str) -> dict[str, Any]:
         text = Path(path).read_bytes()
     except OSError as error:
         raise ArtifactError(f"cannot read {path}: {error.strerror}") from error
-    payload = parse_json(text, path)
+    payload = parse_json(text, path, unique=True)
     check_schema(payload, schema, path)
     return dict(payload)
 
@@ -169,7 +196,7 @@ def write_atomic(path: PathLike, data: bytes | str) -> Path:
         raise ArtifactError(f"cannot write {target}: {error.strerror}") from error
     finally:
         Path(temporary).unlink(missing_ok=True)
-    sync_folder(target.parent)
+    sync_path(target.parent)
     return target
 
 
@@ -180,6 +207,9 @@ def check_output_folder(path: PathLike, *, overwrite: bool) -> None:
         raise ConfigError(f"output {target} exists and is not a folder")
     if target.is_dir() and any(target.iterdir()) and not overwrite:
         raise ConfigError(f"output folder {target} is not empty", "choose another -o or pass --overwrite")
+    if target.is_mount():  # the finished folder could not be renamed to it
+        raise ConfigError(f"output {target} is a mount point", "name a folder inside it")
+    _check_place(target)
 
 
 def check_output_file(path: PathLike, *, overwrite: bool) -> None:
@@ -189,11 +219,21 @@ def check_output_file(path: PathLike, *, overwrite: bool) -> None:
         raise ConfigError(f"output {target} is a folder", "name a file with -o")
     if target.exists() and not overwrite:
         raise ConfigError(f"output {target} exists", "choose another -o or pass --overwrite")
+    _check_place(target)
+
+
+def _check_place(target: Path) -> None:
+    """Refuse an output that could not be created, before the work for it is done."""
+    folder = target.absolute().parent
+    while not folder.exists():
+        folder = folder.parent
+    if not folder.is_dir() or not os.access(folder, os.W_OK):
+        raise ConfigError(f"cannot write {target}: {folder} is no folder to write in", "choose another -o")
 
 
 def check_free_space(path: PathLike, needed: int) -> None:
     """Refuse when the disk that will hold ``path`` has less than ``needed`` bytes free."""
-    folder = Path(path).absolute()
+    folder = Path(path).resolve()
     while not folder.exists():
         folder = folder.parent
     free = shutil.disk_usage(folder).free
@@ -210,7 +250,7 @@ def output_folder(path: PathLike, *, overwrite: bool = False) -> Iterator[Path]:
 
     The block writes into a hidden sibling; on any error that sibling is removed and an existing folder stays as it was.
     """
-    target = Path(path).absolute()
+    target = Path(path).resolve()  # beside the folder that a link points to, so that the rename stays on one disk
     check_output_folder(target, overwrite=overwrite)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -220,12 +260,12 @@ def output_folder(path: PathLike, *, overwrite: bool = False) -> Iterator[Path]:
     try:
         os.chmod(staging, 0o777 & ~_umask())
         yield staging
-        for folder in [staging, *(item for item in staging.rglob("*") if item.is_dir())]:
-            sync_folder(folder)
+        for item in (*staging.rglob("*"), staging):
+            sync_path(item)
         _swap_in(staging, target)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
-    sync_folder(target.parent)
+    sync_path(target.parent)
 
 
 def _swap_in(staging: Path, target: Path) -> None:
@@ -233,19 +273,20 @@ def _swap_in(staging: Path, target: Path) -> None:
     if not target.exists():
         os.rename(staging, target)
         return
-    old = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}.old-"))
-    os.rename(target, old / target.name)
+    old = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}.old-")) / target.name
     try:
+        os.rename(target, old)
         os.rename(staging, target)
-    except OSError:
-        os.rename(old / target.name, target)
+    except BaseException:  # an interrupt between the two must not cost the old folder
+        if old.exists() and not target.exists():
+            os.rename(old, target)
         raise
     finally:
-        shutil.rmtree(old, ignore_errors=True)
+        shutil.rmtree(old.parent, ignore_errors=True)
 
 
-def sync_folder(path: Path) -> None:
-    """Flush a folder's own entries to the device, where the system can."""
+def sync_path(path: Path) -> None:
+    """Flush a file, or a folder's own entries, to the device, where the system can."""
     with contextlib.suppress(OSError):
         descriptor = os.open(path, os.O_RDONLY)
         try:

@@ -20,7 +20,8 @@ from moeprune.errors import LayoutError, UnsupportedModelError, nearest
 Config = Mapping[str, Any]
 
 # A dotted part of a tensor's name that makes it look like a piece of an expert or a router.
-_SUSPICIOUS = re.compile(r"expert|moe|^(gate|router|gating)$|score_correction")
+_SUSPICIOUS = re.compile(r"expert|moe|router|gating|^gate$|score_correction", re.IGNORECASE)
+_NUMBER = r"(0|[1-9][0-9]{0,8})"  # as checkpoints write it: 01 would be a second name for expert 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,21 +57,42 @@ class PlainName:
 TensorRole = ExpertName | RouterName | PlainName
 
 
+def read_count(config: Config, key: str, default: int | None = None) -> int:
+    """A whole number of the config; ``default`` stands for one that is missing or null.
+
+    Raises:
+        LayoutError: it is missing without a default, or is no whole number of at least 0.
+    """
+    value = config.get(key)
+    value = default if value is None else value
+    if type(value) is not int or value < 0:
+        what = f"{key} is {value!r}" if key in config else f"there is no {key}"
+        raise LayoutError(f"config.json: {what}, where a whole number is needed", "is the file complete?")
+    return value
+
+
+def _read_list(config: Config, key: str) -> list[Any] | None:
+    value = config.get(key)
+    if value is not None and not isinstance(value, list):
+        raise LayoutError(f"config.json: {key} is {value!r}, where a list is needed")
+    return value
+
+
 def _every_layer(config: Config, layer: int) -> bool:
     return True
 
 
 def _after_first_dense(config: Config, layer: int) -> bool:
-    types = config.get("mlp_layer_types")
+    types = _read_list(config, "mlp_layer_types")
     if types is not None:
         return layer >= len(types) or types[layer] == "sparse"
-    frequency = int(config.get("moe_layer_freq") or 1)
-    return layer >= int(config.get("first_k_dense_replace") or 0) and layer % frequency == 0
+    frequency = read_count(config, "moe_layer_freq", 1) or 1
+    return layer >= read_count(config, "first_k_dense_replace", 0) and layer % frequency == 0
 
 
 def _sparse_step(config: Config, layer: int) -> bool:
-    step = int(config.get("decoder_sparse_step") or 1)
-    return layer not in (config.get("mlp_only_layers") or []) and (layer + 1) % step == 0
+    step = read_count(config, "decoder_sparse_step", 1) or 1
+    return layer not in (_read_list(config, "mlp_only_layers") or []) and (layer + 1) % step == 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -90,6 +112,7 @@ class MoESpec:
         mtp_key: config key of the number of multi-token-prediction layers, or empty. They follow the decoder layers
             as ``model.layers.<num_hidden_layers>`` and so on, and engines build them with the same expert count.
         is_moe_layer: whether decoder layer i has routed experts, from the config.
+        layers: prefix of the decoder layers.
         engines: engines whose released versions have a loader for this architecture.
     """
 
@@ -113,17 +136,17 @@ class MoESpec:
             LayoutError: the name looks like an expert or a router tensor and is not declared.
         """
         # Anchored at the start, so that `mtp.layers.0.` is never taken for decoder layer 0.
-        match = re.match(re.escape(self.layers) + r"(\d+)\.(.+)", name)
+        match = re.match(re.escape(self.layers) + _NUMBER + r"\.(.+)", name)
         if match is None:
             return self._plain(name, -1, name)
         layer, part = int(match[1]), match[2]
         if part in self.router:
             return RouterName(layer=layer, part=part, axis=self.router[part])
-        expert = re.match(re.escape(self.experts) + r"(\d+)\.(.+)", part)
+        expert = re.match(re.escape(self.experts) + _NUMBER + r"\.(.+)", part)
         if expert is not None:
             before = f"{self.layers}{layer}.{self.experts}"
             return ExpertName(layer=layer, expert=int(expert[1]), before=before, after=expert[2])
-        if part.startswith(self.shared) if self.shared else False:
+        if part.startswith(self.shared):
             return PlainName(layer=layer)
         return self._plain(name, layer, part)
 
@@ -136,13 +159,18 @@ class MoESpec:
         return PlainName(layer=layer)
 
     def moe_layers(self, config: Config) -> list[int]:
-        """Decoder layers that have routed experts, MTP layers left out."""
-        return [layer for layer in range(int(config["num_hidden_layers"])) if self.is_moe_layer(config, layer)]
+        """Decoder layers that have routed experts, MTP layers left out.
+
+        Raises:
+            LayoutError: a config value that decides it is missing or of the wrong kind; so for all that follow.
+        """
+        depth = read_count(config, "num_hidden_layers")
+        return [layer for layer in range(depth) if self.is_moe_layer(config, layer)]
 
     def mtp_layers(self, config: Config) -> list[int]:
         """Indices of the multi-token-prediction layers that the config announces."""
-        depth = int(config["num_hidden_layers"])
-        count = int(config.get(self.mtp_key) or 0) if self.mtp_key else 0
+        depth = read_count(config, "num_hidden_layers")
+        count = read_count(config, self.mtp_key, 0) if self.mtp_key else 0
         return list(range(depth, depth + count))
 
 

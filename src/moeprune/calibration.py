@@ -6,21 +6,23 @@ anything runs, so that any split of it over processes adds up to the same counts
 
 from __future__ import annotations
 
-import json
+import itertools
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
 from moeprune._files import parse_json, sha256_bytes
-from moeprune.errors import ConfigError
+from moeprune.errors import ConfigError, first_line
 
+T = TypeVar("T")
 DEFAULT_DOMAIN = "default"
 Row = Mapping[str, Any]
+_SOURCES = "a .jsonl, .json, .parquet or .txt file, or a data set org/name[/config][@split]"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -105,16 +107,20 @@ def load_calibration(
     """
     if num_samples < 1 or max_length < 1:
         raise ConfigError("--num-samples and --max-length must be at least 1")
+    if seed < 0:
+        raise ConfigError(f"--seed must be at least 0, not {seed}")
+    if not sources:
+        raise ConfigError("no calibration source is given", f"give {_SOURCES}")
     encode = _Encoder(tokenizer_path, trust_remote_code=trust_remote_code)
     sequences: list[tuple[int, ...]] = []
     domains: list[str] = []
     provenance = []
-    for source in sources:
+    for source in (sources,) if isinstance(sources, str) else sources:
         label, location = _split_label(source)
-        rows = _take(read_rows(location), num_samples, shuffle=shuffle, seed=seed)
-        pairs = [(str(row.get("domain") or label or DEFAULT_DOMAIN), encode(row, location)) for row in rows]
+        rows = _take(enumerate(read_rows(location), 1), num_samples, shuffle=shuffle, seed=seed)
+        pairs = [(_domain(row, label), encode(row, f"row {number} of {location!r}")) for number, row in rows]
+        pairs = [(domain, ids) for domain, ids in pairs if ids]
         pairs = _packed(pairs, max_length, encode) if pack else [(domain, ids[:max_length]) for domain, ids in pairs]
-        pairs = [(domain, ids) for domain, ids in pairs if len(ids) > 0]
         if not pairs:
             raise ConfigError(f"calibration source {location!r} gives no usable token", "check its rows and columns")
         domains += [domain for domain, _ in pairs]
@@ -143,9 +149,14 @@ def _split_label(source: str) -> tuple[str, str]:
     return (label, location) if equals and re.fullmatch(r"[\w-]+", label) else ("", source)
 
 
-def _take(rows: Iterable[Row], count: int, *, shuffle: bool, seed: int) -> list[Row]:
+def _domain(row: Row, label: str) -> str:
+    own = row.get("domain")
+    return label or DEFAULT_DOMAIN if own is None or own == "" else str(own)
+
+
+def _take(rows: Iterable[T], count: int, *, shuffle: bool, seed: int) -> list[T]:
     if not shuffle:
-        return [row for row, _ in zip(rows, range(count), strict=False)]
+        return list(itertools.islice(rows, count))
     everything = list(rows)
     order = np.random.default_rng(seed).permutation(len(everything))[:count]
     return [everything[index] for index in order]
@@ -164,9 +175,11 @@ def read_rows(location: str) -> Iterator[Row]:
     Raises:
         ConfigError: it cannot be read.
     """
-    if not _is_file(location):
-        return _hub_rows(location)
     path = Path(location)
+    if not _is_file(location):
+        if path.exists():
+            raise ConfigError(f"cannot read calibration data from {location!r}", f"it must be {_SOURCES}")
+        return _hub_rows(location)
     if not path.is_file():
         raise ConfigError(f"no calibration file {location!r}")
     readers = {".jsonl": _jsonl_rows, ".json": _json_rows, ".parquet": _parquet_rows, ".txt": _txt_rows}
@@ -174,7 +187,7 @@ def read_rows(location: str) -> Iterator[Row]:
 
 
 def _jsonl_rows(path: Path) -> Iterator[Row]:
-    with path.open(encoding="utf-8") as lines:
+    with path.open("rb") as lines:
         for number, line in enumerate(lines, 1):
             if line.strip():
                 yield _object(parse_json(line, f"{path}:{number}"), f"{path}:{number}")
@@ -207,26 +220,26 @@ def _parquet_rows(path: Path) -> Iterator[Row]:
 
 
 def _txt_rows(path: Path) -> Iterator[Row]:
-    for paragraph in re.split(r"\n\s*\n", path.read_text(encoding="utf-8")):
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path} is not UTF-8 text: {error}") from error
+    for paragraph in re.split(r"\n\s*\n", text):
         if paragraph.strip():
             yield {"text": paragraph}
 
 
 def _hub_rows(location: str) -> Iterator[Row]:
     name, _, split = location.partition("@")
+    if not re.fullmatch(r"\w[\w.-]*(/[\w.-]+){1,2}", name):
+        raise ConfigError(f"calibration source {location!r} is neither a file nor a data set", f"give {_SOURCES}")
     parts = name.split("/")
-    if not 2 <= len(parts) <= 3:
-        raise ConfigError(
-            f"calibration source {location!r} is neither a file nor a data set",
-            "give a .jsonl, .json, .parquet or .txt file, or org/name[/config][@split]",
-        )
     from datasets import load_dataset
 
     try:
         data = load_dataset("/".join(parts[:2]), parts[2] if len(parts) == 3 else None, split=split or "train")
     except (OSError, ValueError) as error:  # what datasets raises for no network, no such name, split or config
-        reason = str(error).splitlines()[0]
-        raise ConfigError(f"cannot load data set {location!r}: {reason}", "or use a local file") from error
+        raise ConfigError(f"cannot load data set {location!r}: {first_line(error)}", "or use a local file") from error
     yield from data
 
 
@@ -244,37 +257,32 @@ class _Encoder:
     @property
     def tokenizer(self) -> Any:
         if self._loaded is None:
-            from transformers import AutoTokenizer
-
-            try:
-                self._loaded = AutoTokenizer.from_pretrained(self._path, trust_remote_code=self._trust)
-            except (OSError, ValueError, ImportError) as error:
-                raise ConfigError(
-                    f"cannot load the tokenizer of {self._path}: {str(error).splitlines()[0]}",
-                    "calibrate with input_ids, or add the tokenizer's files",
-                ) from error
+            self._loaded = _load_tokenizer(self._path, trust_remote_code=self._trust)
         return self._loaded
 
-    def __call__(self, row: Row, source: str) -> tuple[int, ...]:
+    def __call__(self, row: Row, where: str) -> tuple[int, ...]:
         if row.get("input_ids") is not None:
-            return self._given(row["input_ids"], source)
+            return self._given(row["input_ids"], where)
         if row.get("messages") is not None:
-            return self._chat(row["messages"], source)
+            return self._chat(row["messages"], where)
         if isinstance(row.get("text"), str):
-            return tuple(self.tokenizer(row["text"], verbose=False)["input_ids"])
+            return tuple(self.tokenizer(row["text"], verbose=False)["input_ids"]) if row["text"].strip() else ()
         columns = ", ".join(map(repr, row)) or "none"
-        raise ConfigError(f"a row of {source!r} has no text, messages or input_ids", f"its columns: {columns}")
+        raise ConfigError(f"{where} has no text, messages or input_ids", f"its columns: {columns}")
 
-    def _given(self, ids: Any, source: str) -> tuple[int, ...]:
-        if not all(type(token) is int and token >= 0 for token in ids):
-            raise ConfigError(f"a row of {source!r} has input_ids that are not token ids")
+    def _given(self, ids: Any, where: str) -> tuple[int, ...]:
+        if not isinstance(ids, list) or not all(type(token) is int and 0 <= token < 2**31 for token in ids):
+            raise ConfigError(f"{where} has input_ids that are not token ids")
         return tuple(ids)
 
-    def _chat(self, messages: Any, source: str) -> tuple[int, ...]:
-        messages = json.loads(messages) if isinstance(messages, str) else messages
+    def _chat(self, messages: Any, where: str) -> tuple[int, ...]:
+        messages = parse_json(messages, where) if isinstance(messages, str) else messages
         if not self.tokenizer.chat_template:
-            raise ConfigError(f"{source!r} has messages and the tokenizer has no chat template", "use a text column")
-        text = self.tokenizer.apply_chat_template(messages, tokenize=False)
+            raise ConfigError(f"{where} has messages and the tokenizer has no chat template", "use a text column")
+        try:
+            text = self.tokenizer.apply_chat_template(messages, tokenize=False)
+        except Exception as error:  # a template is a program that came with the model: it may raise anything
+            raise ConfigError(f"the chat template does not take {where}: {first_line(error)}") from error
         return tuple(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
     @property
@@ -282,6 +290,20 @@ class _Encoder:
         """What stands between packed rows: the end-of-sequence token, when a tokenizer is in use."""
         end = self._loaded.eos_token_id if self._loaded is not None else None
         return () if end is None else (int(end),)
+
+
+def _load_tokenizer(path: Path, *, trust_remote_code: bool) -> Any:
+    from transformers import AutoTokenizer
+
+    hint = "calibrate with input_ids, or add the tokenizer's files"
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
+    except Exception as error:  # damaged files raise anything, down to a bare Exception
+        raise ConfigError(f"cannot load the tokenizer of {path}: {first_line(error)}", hint) from error
+    # For some families transformers makes up a tokenizer without words where a folder has none.
+    if not tokenizer.get_vocab().keys() - set(tokenizer.all_special_tokens):
+        raise ConfigError(f"the tokenizer of {path} has no vocabulary", hint)
+    return tokenizer
 
 
 def _packed(

@@ -15,14 +15,23 @@ from pathlib import Path
 from typing import Any
 
 from moeprune._files import PathLike, human_bytes, parse_json
-from moeprune.architectures import ExpertName, MoESpec, RouterName, TensorRole, resolve_architecture
-from moeprune.errors import CheckpointError, LayoutError, UnsupportedModelError
+from moeprune.architectures import ExpertName, MoESpec, RouterName, TensorRole, read_count, resolve_architecture
+from moeprune.errors import CheckpointError, LayoutError, UnsupportedModelError, first_line
 from moeprune.plans import RouterShape
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 _MAX_HEADER = 100_000_000  # the limit of the safetensors library itself
 _SAMPLE = 4096  # bytes of an expert tensor that enter the fingerprint
+# Bits of an element. A type that is not here is copied all the same, its size is just not checked.
+_BITS = {
+    **dict.fromkeys(("F4",), 4),
+    **dict.fromkeys(("F6_E2M3", "F6_E3M2"), 6),
+    **dict.fromkeys(("BOOL", "U8", "I8", "F8_E5M2", "F8_E4M3", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ"), 8),
+    **dict.fromkeys(("I16", "U16", "F16", "BF16"), 16),
+    **dict.fromkeys(("I32", "U32", "F32"), 32),
+    **dict.fromkeys(("I64", "U64", "F64", "C64"), 64),
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -149,7 +158,7 @@ def open_checkpoint(model: PathLike, *, revision: str | None = None) -> Checkpoi
         UnsupportedModelError: an unknown architecture, or a model without routed experts.
         LayoutError: an unclassified or missing tensor.
     """
-    path = Path(model) if Path(model).is_dir() else _download(str(model), revision)
+    path = Path(model) if Path(model).exists() else _download(str(model), revision)
     config_text, config = _read_config(path)
     spec = resolve_architecture(config)
     tensors, metadata = _read_tensors(path)
@@ -158,7 +167,7 @@ def open_checkpoint(model: PathLike, *, revision: str | None = None) -> Checkpoi
     num_experts = _count_experts(spec, config)
     _check_experts(roles, (*layers, *mtp), num_experts)
     _check_routers(spec, tensors, roles, (*layers, *mtp), num_experts)
-    n_group, topk_group = (int(config.get(key) or 1) for key in spec.group_keys) if spec.group_keys else (1, 1)
+    router = _read_router(spec, config, num_experts)
     return Checkpoint(
         path=path,
         spec=spec,
@@ -167,9 +176,9 @@ def open_checkpoint(model: PathLike, *, revision: str | None = None) -> Checkpoi
         tensors=tensors,
         roles=roles,
         num_experts=num_experts,
-        top_k=int(config[spec.top_k_key]),
-        n_group=n_group,
-        topk_group=topk_group,
+        top_k=router.top_k,
+        n_group=router.n_group,
+        topk_group=router.topk_group,
         moe_layers=tuple(layers),
         mtp_layers=tuple(mtp),
         shard_metadata=metadata,
@@ -180,7 +189,7 @@ def open_checkpoint(model: PathLike, *, revision: str | None = None) -> Checkpoi
 
 
 def _download(model: str, revision: str | None) -> Path:
-    """Fetch a Hub model into the local cache; only called when no such folder exists."""
+    """Fetch a Hub model into the local cache; only called when nothing of that name exists here."""
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", model) or model.startswith((".", "/")):
         raise CheckpointError(f"no folder {model!r}", "give a local checkpoint folder or a Hub id like org/name")
     from huggingface_hub import snapshot_download
@@ -189,14 +198,15 @@ def _download(model: str, revision: str | None) -> Path:
     try:
         return Path(snapshot_download(model, revision=revision, ignore_patterns=["*.bin", "*.pth", "*.pt", "*.gguf"]))
     except (HfHubHTTPError, LocalEntryNotFoundError, HFValidationError, OSError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise CheckpointError(
-            f"cannot fetch {model!r} from the Hub: {reason}",
+            f"cannot fetch {model!r} from the Hub: {first_line(error)}",
             "check the name, the network and your token, or pass a local folder",
         ) from error
 
 
 def _read_config(path: Path) -> tuple[str, dict[str, Any]]:
+    if not path.is_dir():
+        raise CheckpointError(f"{path} is not a folder", "give the folder that holds config.json")
     file = path / "config.json"
     try:
         text = file.read_bytes().decode()
@@ -217,6 +227,8 @@ def _read_tensors(path: Path) -> tuple[dict[str, TensorEntry], dict[str, str]]:
     missing = [name for name in files if not (path / name).is_file()]
     if missing:
         raise CheckpointError(_missing_files(path, missing), "download the checkpoint again")
+    if SINGLE not in files and (path / SINGLE).is_file():  # transformers would read that one, other engines the index
+        raise CheckpointError(f"{path} holds both {SINGLE} and an {INDEX} that leaves it out", "remove the stale one")
     tensors: dict[str, TensorEntry] = {}
     metadata: dict[str, str] = {}
     for name in files:
@@ -245,7 +257,7 @@ def _read_index(path: Path) -> dict[str, str] | None:
     file = path / INDEX
     if not file.is_file():
         return None
-    index = parse_json(file.read_bytes(), file)
+    index = parse_json(file.read_bytes(), file, unique=True)
     weight_map = index.get("weight_map") if isinstance(index, dict) else None
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{file} has no weight_map")
@@ -269,10 +281,10 @@ def read_header(file: Path) -> tuple[list[TensorEntry], dict[str, str]]:
         length = int.from_bytes(handle.read(8), "little")
         if size < 8 or length > min(size - 8, _MAX_HEADER):
             raise CheckpointError(f"{file} is not a safetensors file, or is cut short")
-        header = parse_json(handle.read(length), file)
-    if not isinstance(header, dict):
+        header = parse_json(handle.read(length), file, unique=True)
+    metadata = header.pop("__metadata__", {}) if isinstance(header, dict) else None
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise CheckpointError(f"{file} has a damaged header")
-    metadata = header.pop("__metadata__", None) or {}
     base = 8 + length
     entries = [_entry(file, name, value, base) for name, value in header.items()]
     entries.sort(key=lambda entry: (entry.begin, entry.end))
@@ -296,19 +308,34 @@ def _entry(file: Path, name: str, value: object, base: int) -> TensorEntry:
     numbers = (begin, end, *shape)
     if not isinstance(dtype, str) or not all(type(number) is int and number >= 0 for number in numbers) or begin > end:
         raise CheckpointError(f"{file}: the header entry of tensor {name!r} is damaged")
-    return TensorEntry(name=name, dtype=dtype, shape=shape, file=file, begin=base + begin, end=base + end)
+    entry = TensorEntry(name=name, dtype=dtype, shape=shape, file=file, begin=base + begin, end=base + end)
+    if dtype in _BITS and entry.numel * _BITS[dtype] != 8 * entry.nbytes:
+        raise CheckpointError(f"{file}: tensor {name!r}, {dtype} {list(shape)}, cannot have {entry.nbytes} bytes")
+    return entry
 
 
 # --- binding --------------------------------------------------------------------------------------------------------
 
 
 def _count_experts(spec: MoESpec, config: Mapping[str, Any]) -> int:
-    counts = {key: config[key] for key in spec.count_keys if key in config}
+    counts = {key: read_count(config, key) for key in spec.count_keys if key in config}
     if not counts:
         raise UnsupportedModelError(f"config.json of this {spec.model_type} has none of {', '.join(spec.count_keys)}")
-    if len(set(counts.values())) > 1 or not all(isinstance(count, int) for count in counts.values()):
+    if len(set(counts.values())) > 1:
         raise LayoutError(f"config.json contradicts itself on the number of experts: {counts}")
-    return int(next(iter(counts.values())))
+    return next(iter(counts.values()))
+
+
+def _read_router(spec: MoESpec, config: Mapping[str, Any], num_experts: int) -> RouterShape:
+    """Top-k and groups; a missing group count is refused, since engines fill it in with defaults of their own."""
+    top_k = read_count(config, spec.top_k_key)
+    n_group, topk_group = (read_count(config, key) for key in spec.group_keys) if spec.group_keys else (1, 1)
+    shape = RouterShape(num_experts=num_experts, top_k=top_k, n_group=n_group, topk_group=topk_group)
+    if not 1 <= topk_group <= n_group or num_experts % n_group or not 1 <= top_k <= num_experts * topk_group // n_group:
+        raise LayoutError(
+            f"config.json: no router picks {top_k} of {num_experts} experts in {topk_group} of {n_group} groups"
+        )
+    return shape
 
 
 def _bind_layers(

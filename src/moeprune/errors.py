@@ -73,6 +73,12 @@ class PublishError(MoePruneError):
     """A push to the Hub that cannot be made."""
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of another library's error, or its kind when it says nothing."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """Hint that names the nearest known names, or all of them when none is near."""
     choices = sorted(known)

@@ -1,84 +1,32 @@
-"""The stages as functions: collect, plan, apply, verify, evaluate, compare, and prune, which is all of them in order.
+"""The stages as functions: collect, plan, apply, verify, evaluate, compare.
 
 Each stage reads files and writes one thing. Options are those of the command line.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from moeprune._files import PathLike, begin_work, check_output_file, check_output_folder
-from moeprune.calibration import CalibrationSet, check_vocabulary, load_calibration
+from moeprune._files import PathLike, begin_work, check_free_space, check_output_file, check_output_folder
+from moeprune._options import CalibrationOptions, budget_of, by_stage, check_margin, eval_settings, several
+from moeprune.calibration import CalibrationSet
 from moeprune.checkpoint import Checkpoint, open_checkpoint
-from moeprune.errors import ConfigError
-from moeprune.planner import check_decisions, make_plan, preview
-from moeprune.plans import Budget, MtpPolicy, PruningPlan
-from moeprune.rewrite.drop import DEFAULT_SHARD_SIZE, PROVENANCE, apply_drop, check_output, check_plan
+from moeprune.planner import Decisions, Protected, derive, make_plan
+from moeprune.plans import MtpPolicy, PruningPlan
+from moeprune.rewrite.drop import DEFAULT_SHARD_SIZE, apply_drop, check_output, keep_lists, output_tensors
 from moeprune.statistics import RouterStatistics
 from moeprune.strategies import DEFAULT as DEFAULT_STRATEGY
-from moeprune.strategies import Criterion, resolve
+from moeprune.strategies import Criterion
 
 if TYPE_CHECKING:
     from moeprune.evaluation.compare import EvalReport
-    from moeprune.evaluation.harness import EvalSettings
+    from moeprune.evaluation.settings import EvalSettings
     from moeprune.rewrite.verify import Verification
 
 BUNDLED = Path(__file__).parent / "data"
-BUNDLED_TASKS = ("tiny",)
-Protect = Mapping[int, frozenset[int]]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class CalibrationOptions:
-    """How calibration data is read and run.
-
-    Attributes:
-        sources: ``[DOMAIN=]SOURCE`` each, see :func:`moeprune.calibration.load_calibration`.
-        num_samples: rows per source; max_length: tokens per sequence.
-        shuffle: draw rows with ``seed`` instead of taking the first; pack: join rows into full sequences.
-        batch_tokens: tokens per batch, padding included.
-        device, dtype: where and in what the model runs; ``auto`` is the checkpoint's own dtype.
-        trust_remote_code: run code that comes with the checkpoint.
-    """
-
-    sources: tuple[str, ...] = ()
-    num_samples: int = 512
-    max_length: int = 2048
-    shuffle: bool = False
-    pack: bool = False
-    batch_tokens: int = 8192
-    seed: int = 0
-    device: str | None = None
-    dtype: str = "auto"
-    trust_remote_code: bool = False
-
-    def load(self, checkpoint: Checkpoint) -> CalibrationSet:
-        """Read and tokenise the sources."""
-        if self.batch_tokens < 1:
-            raise ConfigError("--batch-tokens must be at least 1")
-        data = load_calibration(
-            self.sources,
-            checkpoint.path,
-            num_samples=self.num_samples,
-            max_length=self.max_length,
-            shuffle=self.shuffle,
-            pack=self.pack,
-            seed=self.seed,
-            trust_remote_code=self.trust_remote_code,
-        )
-        check_vocabulary(data, int(checkpoint.config["vocab_size"]))
-        return data
-
-    def canonical(self) -> dict[str, Any]:
-        """The options that decide the statistics, file names without their folders."""
-        options = dataclasses.asdict(self)
-        del options["device"], options["trust_remote_code"], options["sources"]  # sources are in the provenance
-        return {"stage": "collect"} | options
 
 
 def collect(
@@ -98,13 +46,22 @@ def collect(
         calibration: ``[DOMAIN=]SOURCE`` each. Without any, the statistics hold no tokens, for strategies without need.
         revision: of a Hub model.
         overwrite: replace ``output``.
-        options: other fields of :class:`CalibrationOptions`.
+        options: other fields of :class:`moeprune._options.CalibrationOptions`.
 
     Returns:
         The statistics, as written.
+
+    Raises:
+        ConfigError: an option cannot work, or the data gives no usable token.
+        CheckpointError: the model's files are missing, damaged or unreachable.
+        UnsupportedModelError: an unknown architecture, or one without routed experts.
+
+    Example:
+        >>> statistics = moeprune.collect("base", "statistics.safetensors", calibration="data.jsonl", num_samples=256)
     """
-    sources = (calibration,) if isinstance(calibration, str) else tuple(calibration)
-    settings = _options(sources=sources, **options)
+    sources = several(calibration)
+    [given] = by_stage(options, CalibrationOptions)
+    settings = CalibrationOptions(sources=sources, **given)
     if output is not None:
         check_output_file(output, overwrite=overwrite)
     checkpoint = open_checkpoint(model, revision=revision)
@@ -114,16 +71,8 @@ def collect(
     return statistics
 
 
-def _options(**options: Any) -> CalibrationOptions:
-    try:
-        return CalibrationOptions(**options)
-    except TypeError as error:
-        raise ConfigError(f"unknown calibration option: {error}") from error
-
-
 def collect_from(checkpoint: Checkpoint, settings: CalibrationOptions, data: CalibrationSet | None) -> RouterStatistics:
     """Collect from an opened checkpoint and loaded data; without data, statistics of no tokens."""
-    begin_work()
     if data is None:
         return RouterStatistics.empty(
             checkpoint.moe_layers,
@@ -136,6 +85,7 @@ def collect_from(checkpoint: Checkpoint, settings: CalibrationOptions, data: Cal
     loaded = load_model(
         checkpoint, device=settings.device, dtype=settings.dtype, trust_remote_code=settings.trust_remote_code
     )
+    begin_work()
     observation = run_batches(loaded, data.batches(settings.batch_tokens), checkpoint)
     return observation.result(
         command=settings.canonical(), inputs={"calibration": data.fingerprint}, provenance=data.provenance
@@ -150,7 +100,7 @@ def plan(
     keep: int | None = None,
     strategy: str | Criterion = DEFAULT_STRATEGY,
     weights: Mapping[str, float] | None = None,
-    protect: Protect | None = None,
+    protect: Protected | None = None,
     guard: bool = True,
     target: Sequence[str] = (),
     round_to: int = 1,
@@ -178,15 +128,22 @@ def plan(
         revision: of a Hub model.
         output: plan file to write.
         overwrite: replace ``output``.
+
+    Raises:
+        StaleArtifactError: the statistics were made for another model.
+        StrategyError: the strategy is unknown, or the statistics lack what it needs.
+        ConfigError: the budget or another option cannot work.
+        PlanError: an engine in ``target`` would not take the result, or more experts are protected than may stay.
+
+    Example:
+        >>> plan = moeprune.plan("statistics.safetensors", "base", ratio=0.5, output="plan.json")
+        >>> plan.layers[0].keep
     """
     if output is not None:
         check_output_file(output, overwrite=overwrite)
-    budget = Budget(ratio=None if ratio is None else str(ratio), keep=keep, round_to=round_to)
     stats = statistics if isinstance(statistics, RouterStatistics) else RouterStatistics.load(statistics)
-    made = make_plan(
-        open_checkpoint(model, revision=revision),
-        stats,
-        budget,
+    wanted = Decisions(
+        budget=budget_of(ratio, keep, round_to),
         strategy=strategy,
         weights=weights,
         protect=protect,
@@ -195,7 +152,9 @@ def plan(
         target=target,
         seed=seed,
     )
+    made = make_plan(open_checkpoint(model, revision=revision), stats, wanted)
     if output is not None:
+        begin_work()
         made.save(output)
     return made
 
@@ -203,7 +162,7 @@ def plan(
 def apply(
     model: PathLike,
     plan: PathLike | PruningPlan,
-    output: PathLike,
+    output: PathLike | None = None,
     *,
     max_shard_size: int = DEFAULT_SHARD_SIZE,
     overwrite: bool = False,
@@ -215,7 +174,7 @@ def apply(
     Args:
         model: folder or Hub id of the source.
         plan: a plan or a plan file.
-        output: new folder; it appears whole or not at all.
+        output: new folder, which appears whole or not at all; by default ``./<name>-<kept>of<E>``.
         max_shard_size: bytes of tensors per file.
         overwrite: replace a folder that is not empty.
         revision: of a Hub model.
@@ -223,21 +182,65 @@ def apply(
 
     Returns:
         The folder.
+
+    Raises:
+        StaleArtifactError: the plan was made for another model.
+        PlanError: no engine could run the result.
+        ConfigError: the output is not empty, lies inside the source, or does not fit on the disk.
+
+    Example:
+        >>> moeprune.apply("base", "plan.json", "pruned")
     """
+    written, _ = apply_plan(
+        model,
+        plan,
+        output,
+        max_shard_size=max_shard_size,
+        overwrite=overwrite,
+        revision=revision,
+        dry_run=dry_run,
+    )
+    return written
+
+
+def apply_plan(
+    model: PathLike,
+    plan: PathLike | PruningPlan,
+    output: PathLike | None,
+    *,
+    max_shard_size: int,
+    overwrite: bool,
+    revision: str | None,
+    dry_run: bool,
+) -> tuple[Path, PruningPlan]:
+    """What :func:`apply` does; gives the plan as executed too, whose size and engines follow from its keep-lists."""
     decided = plan if isinstance(plan, PruningPlan) else PruningPlan.load(plan)
     checkpoint = open_checkpoint(model, revision=revision)
-    if dry_run:
-        check_plan(checkpoint, decided)
-        check_output(checkpoint, output, overwrite=overwrite)
-        return Path(output)
-    return apply_drop(checkpoint, decided, output, max_shard_size=max_shard_size, overwrite=overwrite)
+    decided = derive(checkpoint, decided)
+    target = Path(output) if output else default_output(model, decided.kept, checkpoint.num_experts)
+    check_output(checkpoint, target, overwrite=overwrite)
+    check_space(checkpoint, decided, target)
+    if not dry_run:
+        apply_drop(checkpoint, decided, target, max_shard_size=max_shard_size, overwrite=overwrite)
+    return target, decided
 
 
 def verify(model: PathLike, output: PathLike, *, revision: str | None = None) -> Verification:
-    """Prove that every tensor of a pruned checkpoint equals its bytes in the source.
+    """Prove that every tensor of a pruned checkpoint equals its bytes in the source. Runs without torch.
+
+    Args:
+        model: folder or Hub id of the source.
+        output: the pruned checkpoint.
+        revision: of a Hub model.
+
+    Returns:
+        How many tensors, bytes and other files were compared.
 
     Raises:
-        CheckpointError: something differs.
+        CheckpointError: something differs; the message names it.
+
+    Example:
+        >>> moeprune.verify("base", "pruned").tensors
     """
     from moeprune.rewrite.verify import verify_drop
 
@@ -250,8 +253,8 @@ def evaluate(
     *,
     tasks: Sequence[str] | str,
     output: PathLike,
-    include_path: PathLike | None = None,
     margin: float = 1.0,
+    revision: str | None = None,
     overwrite: bool = False,
     **settings: Any,
 ) -> EvalReport:
@@ -262,28 +265,47 @@ def evaluate(
         pruned: the other one.
         tasks: names of lm-eval tasks or groups.
         output: folder for ``report.json``, ``report.md`` and lm-eval's own output.
-        include_path: folder of more task files.
         margin: loss in points that would still be acceptable, stated before the run.
-        overwrite: replace ``output``.
-        settings: other fields of :class:`moeprune.evaluation.harness.EvalSettings`.
-    """
-    from moeprune.evaluation.harness import EvalSettings
+        revision: of a base on the Hub.
+        overwrite: replace the report in ``output``.
+        settings: other fields of :class:`moeprune.evaluation.settings.EvalSettings`, such as ``include_path``.
 
-    names = (tasks,) if isinstance(tasks, str) else tuple(tasks)
-    wanted = EvalSettings(tasks=names, include_path=Path(include_path) if include_path else None, **settings)
+    Raises:
+        EvaluationError: a task or a model cannot run.
+
+    Example:
+        >>> report = moeprune.evaluate("base", "pruned", tasks="arc_easy", output="report")
+        >>> report.tasks[0].verdict
+    """
+    wanted = eval_settings(several(tasks), settings)
+    check_margin(margin)
     check_output_folder(output, overwrite=overwrite)
-    return evaluate_checkpoints(open_checkpoint(base), open_checkpoint(pruned), wanted, Path(output), margin=margin)
+    pair = open_checkpoint(base, revision=revision), open_checkpoint(pruned)
+    return evaluate_checkpoints(*pair, wanted, Path(output), margin=margin, overwrite=overwrite)
 
 
 def evaluate_checkpoints(
-    base: Checkpoint, pruned: Checkpoint, settings: EvalSettings, output: Path, *, margin: float
+    base: Checkpoint,
+    pruned: Checkpoint,
+    settings: EvalSettings,
+    output: Path,
+    *,
+    margin: float,
+    overwrite: bool = False,
 ) -> EvalReport:
     """Evaluate two opened checkpoints and write the report."""
     from moeprune.evaluation.harness import evaluate_pair
     from moeprune.evaluation.report import write_report
 
-    fingerprints = {"base": base.fingerprint, "pruned": pruned.fingerprint}
-    report = evaluate_pair(base.path, pruned.path, settings, output, margin=margin, fingerprints=fingerprints)
+    report = evaluate_pair(
+        base.path,
+        pruned.path,
+        settings,
+        output,
+        margin=margin,
+        overwrite=overwrite,
+        fingerprints={"base": base.fingerprint, "pruned": pruned.fingerprint},
+    )
     write_report(report, output)
     return report
 
@@ -299,141 +321,43 @@ def compare(
 ) -> EvalReport:
     """Compare two folders of lm-eval samples (``--output_path X --log_samples``), from whatever backend they came.
 
+    Args:
+        base: the original model's folder.
+        pruned: the pruned model's.
+        margin: loss in points that would still be acceptable.
+        metrics: primary metric by task, such as ``{"arc_easy": "acc_norm"}``.
+        output: folder for ``report.json`` and ``report.md``.
+        overwrite: replace the report in ``output``.
+
     Raises:
         EvaluationError: the runs are not the same experiment.
+
+    Example:
+        >>> report = moeprune.compare("runs/base", "runs/pruned")
+        >>> [task.verdict for task in report.tasks]
     """
     from moeprune.evaluation.compare import compare_folders
     from moeprune.evaluation.report import write_report
 
+    check_margin(margin)
     if output is not None:
         check_output_folder(output, overwrite=overwrite)
     report = compare_folders(Path(base), Path(pruned), margin=margin, metrics=metrics)
     if output is not None:
+        begin_work()
         write_report(report, Path(output))
     return report
 
 
-@dataclass(frozen=True, kw_only=True)
-class PruneResult:
-    """What a one-shot run made; a dry run makes a preview of the plan and nothing else."""
-
-    output: Path
-    plan: PruningPlan
-    statistics: RouterStatistics | None = None
-    verification: Verification | None = None
-    report: EvalReport | None = None
+# --- what apply and the one-shot run share ----------------------------------------------------------------------------
 
 
-def prune(
-    model: PathLike | None = None,
-    output: PathLike | None = None,
-    *,
-    ratio: float | str | None = None,
-    keep: int | None = None,
-    calibration: Sequence[str] | str = (),
-    strategy: str | Criterion = DEFAULT_STRATEGY,
-    tasks: Sequence[str] | str = (),
-    calibration_options: Mapping[str, Any] | None = None,
-    evaluation: Mapping[str, Any] | None = None,
-    margin: float = 1.0,
-    max_shard_size: int = DEFAULT_SHARD_SIZE,
-    overwrite: bool = False,
-    revision: str | None = None,
-    round_to: int = 1,
-    dry_run: bool = False,
-    **decisions: Any,
-) -> PruneResult:
-    """Collect, plan, apply, verify and, with tasks, evaluate. Everything that can be refused is refused first.
-
-    Args:
-        model: folder or Hub id; left out, the bundled model with its calibration text and its tasks.
-        output: folder of the pruned checkpoint; by default ``./<name>-<kept>of<E>``.
-        ratio: fraction of the routed experts of each layer to remove; or
-        keep: exact number that stays.
-        calibration: ``[DOMAIN=]SOURCE`` each.
-        strategy: name or callable.
-        tasks: lm-eval tasks; none means no evaluation.
-        calibration_options: other fields of :class:`CalibrationOptions`.
-        evaluation: other fields of :class:`moeprune.evaluation.harness.EvalSettings`.
-        margin: acceptable loss in points.
-        max_shard_size: bytes of tensors per file.
-        overwrite: replace a folder that is not empty.
-        revision: of a Hub model.
-        round_to: make the kept count a multiple of this.
-        dry_run: check everything, preview the size and the engines, and run nothing.
-        decisions: ``weights``, ``protect``, ``guard``, ``mtp``, ``target``, ``seed`` as for :func:`plan`.
-    """
-    sources, names = (((text,) if isinstance(text, str) else tuple(text)) for text in (calibration, tasks))
-    evaluation = dict(evaluation or {})
-    if model is None:
-        model, sources, names, evaluation = _bundled(sources, names, evaluation)
-    checkpoint = open_checkpoint(model, revision=revision)
-    budget = Budget(ratio=None if ratio is None else str(ratio), keep=keep, round_to=round_to)
-    kept = budget.kept(checkpoint.router)
-    target = Path(output) if output else Path(f"{_name(model)}-{kept}of{checkpoint.num_experts}")
-    check_output(checkpoint, target, overwrite=overwrite)
-    if resolve(strategy).calibrated and not sources:
-        raise ConfigError(
-            f"strategy {resolve(strategy).name!r} needs calibration data", "pass --calibration data.jsonl"
-        )
-    settings = _options(sources=sources, **dict(calibration_options or {}))
-    data = settings.load(checkpoint) if sources else None
-    check_decisions(
-        checkpoint, budget, strategy=strategy, domains=sorted(set(data.domains)) if data else (), **decisions
-    )
-    evaluated = _preflight(names, evaluation) if names else None
-    if dry_run:
-        return PruneResult(output=target, plan=preview(checkpoint, budget, strategy=strategy, **decisions))
-    statistics = collect_from(checkpoint, settings, data)
-    made = make_plan(checkpoint, statistics, budget, strategy=strategy, **decisions)
-    apply_drop(checkpoint, made, target, max_shard_size=max_shard_size, overwrite=overwrite, extra=_records(statistics))
-    return _finish(checkpoint, target, made, statistics, evaluated, margin)
+def default_output(model: PathLike, kept: int, experts: int) -> Path:
+    """The folder that is written when the user names none."""
+    name = "moeprune-tiny" if Path(model) == BUNDLED / "model" else Path(os.fspath(model)).resolve().name
+    return Path(f"{name}-{kept}of{experts}")
 
 
-def _finish(
-    checkpoint: Checkpoint,
-    target: Path,
-    made: PruningPlan,
-    statistics: RouterStatistics,
-    evaluated: EvalSettings | None,
-    margin: float,
-) -> PruneResult:
-    """Verify the written checkpoint, and evaluate it."""
-    from moeprune.rewrite.verify import verify_drop
-
-    verification = verify_drop(checkpoint, target)
-    pruned = open_checkpoint(target)
-    report = None
-    if evaluated is not None:
-        report = evaluate_checkpoints(checkpoint, pruned, evaluated, target / PROVENANCE / "report", margin=margin)
-    return PruneResult(output=target, plan=made, statistics=statistics, verification=verification, report=report)
-
-
-def _preflight(names: tuple[str, ...], evaluation: Mapping[str, Any]) -> EvalSettings:
-    """Check that every task can be run, before anything else is."""
-    from moeprune.evaluation.harness import EvalSettings, preflight
-
-    settings = EvalSettings(tasks=names, **evaluation)
-    preflight(settings)
-    return settings
-
-
-def _records(statistics: RouterStatistics) -> dict[str, bytes]:
-    """The statistics file, to lie beside the plan inside the checkpoint."""
-    return {"statistics.safetensors": statistics.to_bytes()} if statistics.tokens else {}
-
-
-def _bundled(
-    sources: tuple[str, ...], names: tuple[str, ...], evaluation: dict[str, Any]
-) -> tuple[Path, tuple[str, ...], tuple[str, ...], dict[str, Any]]:
-    """The bundled model, calibration text and tasks, where the user named none."""
-    if not names:
-        evaluation = {"include_path": BUNDLED / "tasks", "limit": 200} | {
-            key: value for key, value in evaluation.items() if value is not None
-        }
-    return BUNDLED / "model", sources or (str(BUNDLED / "calibration.jsonl"),), names or BUNDLED_TASKS, evaluation
-
-
-def _name(model: PathLike) -> str:
-    """What the default output folder is called after."""
-    return "moeprune-tiny" if Path(model) == BUNDLED / "model" else Path(os.fspath(model)).resolve().name
+def check_space(checkpoint: Checkpoint, plan: PruningPlan, target: Path) -> None:
+    """Refuse a disk that is too small, before the hours that calibration may take."""
+    check_free_space(target, sum(tensor.nbytes for tensor in output_tensors(checkpoint, keep_lists(plan))))

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence, Set
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -11,35 +13,23 @@ import numpy as np
 from moeprune.checkpoint import Checkpoint
 from moeprune.errors import ConfigError, PlanError, StaleArtifactError, nearest
 from moeprune.plans import Budget, LayerPlan, MtpPolicy, PruningPlan
-from moeprune.rewrite.drop import check_plan, output_tensors
+from moeprune.rewrite.drop import check_plan, keep_lists, output_tensors
 from moeprune.statistics import RouterStatistics, domain_weights
-from moeprune.strategies import Criterion, Strategy, resolve
+from moeprune.strategies import DEFAULT, Criterion, Strategy, resolve
 from moeprune.strategies.guards import super_experts
 from moeprune.strategies.selection import select
 
 RARE = 20  # an expert seen by fewer tokens than this has a score made of noise
+SHORT = 10 * RARE  # fewer tokens than this for the average expert leave many rare ones
 ENGINES = ("transformers", "vllm", "sglang", "llama.cpp")
 Protected = Mapping[int, Set[int]]
 
 
-def make_plan(
-    checkpoint: Checkpoint,
-    statistics: RouterStatistics,
-    budget: Budget,
-    *,
-    strategy: str | Criterion,
-    weights: Mapping[str, float] | None = None,
-    protect: Protected | None = None,
-    guard: bool = True,
-    mtp: MtpPolicy = "cut",
-    target: Sequence[str] = (),
-    seed: int = 0,
-) -> PruningPlan:
-    """Plan the same number of kept experts for every MoE layer.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Decisions:
+    """What a plan is asked for.
 
-    Args:
-        checkpoint: the model the plan is for.
-        statistics: what was measured on it.
+    Attributes:
         budget: ratio or count.
         strategy: a name or a callable.
         weights: weight of each calibration domain, 1 where none is given.
@@ -48,87 +38,87 @@ def make_plan(
         mtp: ``cut`` gives MTP layers the last decoder layer's keep-list, ``drop`` removes them.
         target: engines that must take the result.
         seed: for strategies that draw.
+    """
+
+    budget: Budget
+    strategy: str | Criterion = DEFAULT
+    weights: Mapping[str, float] | None = None
+    protect: Protected | None = None
+    guard: bool = True
+    mtp: MtpPolicy = "cut"
+    target: Sequence[str] = ()
+    seed: int = 0
+
+
+def make_plan(checkpoint: Checkpoint, statistics: RouterStatistics, wanted: Decisions) -> PruningPlan:
+    """Plan the same number of kept experts for every MoE layer.
+
+    Args:
+        checkpoint: the model the plan is for.
+        statistics: what was measured on it.
+        wanted: budget, strategy and the rest.
 
     Raises:
         StaleArtifactError: the statistics were made for another model.
         StrategyError: the strategy is unknown or its statistics are missing.
         ConfigError: the budget or another option cannot work.
-        PlanError: an engine in ``target`` would not take the result.
+        PlanError: an engine in ``target`` would not take the result, or more experts are protected than may stay.
     """
     check_statistics(checkpoint, statistics)
-    chosen, kept = check_decisions(
-        checkpoint,
-        budget,
-        strategy=strategy,
-        domains=statistics.domains,
-        weights=weights,
-        protect=protect,
-        mtp=mtp,
-        target=target,
-    )
-    protected = _union(protect or {}, super_experts(statistics) if guard else {})
+    chosen, kept = check_decisions(checkpoint, wanted, domains=statistics.domains)
+    protected = _union(wanted.protect or {}, super_experts(statistics) if wanted.guard else {})
     layers = {
-        layer: _plan_layer(
-            checkpoint, statistics, chosen, layer, kept, protected.get(layer, frozenset()), weights, seed
-        )
+        layer: _plan_layer(checkpoint, statistics, chosen, layer, kept, protected.get(layer, frozenset()), wanted)
         for layer in checkpoint.moe_layers
     }
-    notes = _notes(checkpoint, statistics, kept, guard=guard)
+    notes = _notes(checkpoint, statistics, kept, guard=wanted.guard)
     if checkpoint.mtp_layers:
-        notes.append(_plan_mtp(checkpoint, layers, mtp))
+        notes.append(_plan_mtp(checkpoint, layers, wanted.mtp))
     plan = PruningPlan(
         layers=layers,
         config_edits={},
-        command=_command(budget, chosen, weights, protect, guard=guard, mtp=mtp, target=target, seed=seed),
+        command=_command(wanted, chosen),
         inputs={"model": checkpoint.fingerprint} | _calibration_input(statistics),
         budget={"allocation": "uniform", "kept": kept, "of": checkpoint.num_experts, "n_group": checkpoint.n_group},
         strategy=_describe(chosen)
         | {"protected": {str(layer): sorted(who) for layer, who in sorted(protected.items())}},
         coverage=_coverage(statistics, layers),
-        engines=engine_verdicts(checkpoint, kept),
         notes=notes,
     )
-    return _with_size(checkpoint, check_plan(checkpoint, plan))
+    return derive(checkpoint, plan)
 
 
-def preview(
-    checkpoint: Checkpoint, budget: Budget, *, strategy: str | Criterion, mtp: MtpPolicy = "cut", **_: Any
-) -> PruningPlan:
-    """A plan of the right size whose choice of experts means nothing, for looking before calibrating."""
+def preview(checkpoint: Checkpoint, wanted: Decisions) -> PruningPlan:
+    """A plan of the right size whose choice of experts means nothing, for looking before calibrating.
+
+    Raises:
+        ConfigError, PlanError: whatever :func:`make_plan` would refuse whatever the statistics turn out to be.
+    """
     nothing = RouterStatistics.empty(
         checkpoint.moe_layers,
         num_experts=checkpoint.num_experts,
         top_k=checkpoint.top_k,
         model=checkpoint.fingerprint,
     )
-    drawn = make_plan(checkpoint, nothing, budget, strategy="random", guard=False, mtp=mtp)
-    return dataclasses.replace(drawn, strategy=_describe(resolve(strategy)))
+    drawn = make_plan(checkpoint, nothing, dataclasses.replace(wanted, strategy="random", weights=None, guard=False))
+    return dataclasses.replace(drawn, strategy=_describe(resolve(wanted.strategy)))
 
 
-def check_decisions(
-    checkpoint: Checkpoint,
-    budget: Budget,
-    *,
-    strategy: str | Criterion,
-    domains: Sequence[str],
-    weights: Mapping[str, float] | None = None,
-    protect: Protected | None = None,
-    mtp: MtpPolicy = "cut",
-    target: Sequence[str] = (),
-    **_: Any,
-) -> tuple[Strategy, int]:
-    """Check everything about a plan that can be known before its statistics; see :func:`make_plan` for the options.
+def check_decisions(checkpoint: Checkpoint, wanted: Decisions, *, domains: Sequence[str]) -> tuple[Strategy, int]:
+    """Check what can be known about a plan before its statistics.
 
     Returns:
         The strategy, and the experts that stay in each layer.
     """
-    if mtp not in {"cut", "drop"}:
-        raise ConfigError(f"--mtp must be cut or drop, not {mtp!r}")
-    chosen = resolve(strategy)
-    kept = budget.kept(checkpoint.router)
-    domain_weights(domains, weights)
-    _check_protection(checkpoint, protect or {})
-    _check_target(engine_verdicts(checkpoint, kept), target)
+    if wanted.mtp not in {"cut", "drop"}:
+        raise ConfigError(f"--mtp must be cut or drop, not {wanted.mtp!r}", "cut is the default")
+    if wanted.seed < 0:
+        raise ConfigError(f"--seed must be at least 0, not {wanted.seed}")
+    chosen = resolve(wanted.strategy)
+    kept = wanted.budget.kept(checkpoint.router)
+    domain_weights(domains, wanted.weights)
+    _check_protection(checkpoint, wanted.protect or {})
+    _check_target(engine_verdicts(checkpoint, kept), wanted.target)
     return chosen, kept
 
 
@@ -140,6 +130,12 @@ def check_statistics(checkpoint: Checkpoint, statistics: RouterStatistics) -> No
             "observe(model, like=FOLDER) binds them to a checkpoint" if not made_for else "collect them from this model"
         )
         raise StaleArtifactError(f"the statistics were made for another model than {checkpoint.path.name}", hint)
+    if statistics.num_experts != checkpoint.num_experts:
+        raise StaleArtifactError(
+            f"the statistics are of {statistics.num_experts} experts per layer, {checkpoint.path.name} has "
+            f"{checkpoint.num_experts}",
+            "collect them from this model",
+        )
     missing = sorted(set(checkpoint.moe_layers) - set(statistics.layers))
     if missing:
         raise StaleArtifactError(f"the statistics lack layers {missing[:8]}", "collect all layers")
@@ -152,10 +148,9 @@ def _plan_layer(
     layer: int,
     kept: int,
     protected: Set[int],
-    weights: Mapping[str, float] | None,
-    seed: int,
+    wanted: Decisions,
 ) -> LayerPlan:
-    values = strategy.criterion(statistics.layer(layer, weights, seed=seed))
+    values = strategy(statistics.layer(layer, wanted.weights, seed=wanted.seed))
     try:
         selection = select(values, kept, n_group=checkpoint.n_group, protected=protected)
     except PlanError as error:
@@ -177,11 +172,23 @@ def _plan_mtp(checkpoint: Checkpoint, layers: dict[int, LayerPlan], mtp: MtpPoli
 def _check_protection(checkpoint: Checkpoint, protect: Protected) -> None:
     for layer, experts in protect.items():
         if layer not in checkpoint.moe_layers:
-            shown = f"{checkpoint.moe_layers[0]} to {checkpoint.moe_layers[-1]}"
-            raise ConfigError(f"--protect names layer {layer}, which has no routed experts", f"MoE layers: {shown}")
+            which = f"layers with experts: {ranges(checkpoint.moe_layers)}"
+            raise ConfigError(f"--protect names layer {layer}, which has no routed experts", which)
         odd = [expert for expert in experts if not 0 <= expert < checkpoint.num_experts]
         if odd:
-            raise ConfigError(f"--protect names expert {odd[0]} of {checkpoint.num_experts} in layer {layer}")
+            what = f"--protect names expert {odd[0]} of {checkpoint.num_experts} in layer {layer}"
+            raise ConfigError(what, f"experts are 0 to {checkpoint.num_experts - 1}")
+
+
+def ranges(numbers: Sequence[int]) -> str:
+    """Ascending numbers as people write them: ``0-2, 5`` for 0, 1, 2, 5."""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    return ", ".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs) or "none"
 
 
 def _union(first: Protected, second: Protected) -> dict[int, frozenset[int]]:
@@ -189,22 +196,58 @@ def _union(first: Protected, second: Protected) -> dict[int, frozenset[int]]:
     return {layer: frozenset(first.get(layer, ())) | frozenset(second.get(layer, ())) for layer in layers}
 
 
+# --- what follows from the keep-lists -------------------------------------------------------------------------------
+
+
+def derive(checkpoint: Checkpoint, plan: PruningPlan) -> PruningPlan:
+    """Check a plan and work out what follows from its keep-lists, which a person may have edited.
+
+    Raises:
+        StaleArtifactError: the plan was made for another model.
+        PlanError: no engine could run the result.
+    """
+    plan = check_plan(checkpoint, plan)
+    return dataclasses.replace(
+        plan,
+        budget=dict(plan.budget) | {"kept": plan.kept, "of": checkpoint.num_experts},
+        size=_size(checkpoint, plan),
+        engines=engine_verdicts(checkpoint, plan.kept),
+    )
+
+
+def _size(checkpoint: Checkpoint, plan: PruningPlan) -> dict[str, Any]:
+    after = list(output_tensors(checkpoint, keep_lists(plan)))
+    before = checkpoint.tensors.values()
+    size: dict[str, Any] = {"bytes": {"before": checkpoint.nbytes, "after": sum(tensor.nbytes for tensor in after)}}
+    if all(entry.dtype in _PLAIN for entry in before):
+        counts = [sum(_numel(item.shape) for item in items if "scale" not in item.name) for items in (before, after)]
+        size["parameters"] = {"before": counts[0], "after": counts[1]}
+    return size
+
+
+# Types whose elements are parameters; packed formats hold several in one element and are only counted in bytes.
+_PLAIN = {"F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2"}
+
+
+def _numel(shape: Sequence[int]) -> int:
+    return int(np.prod(shape, dtype=np.int64))
+
+
 # --- what the plan says of itself -----------------------------------------------------------------------------------
 
 
-def _command(
-    budget: Budget, strategy: Strategy, weights: Mapping[str, float] | None, protect: Protected | None, **options: Any
-) -> dict[str, Any]:
+def _command(wanted: Decisions, strategy: Strategy) -> dict[str, Any]:
     """Canonical options: what decided, and nothing else."""
+    budget, protect = wanted.budget, wanted.protect or {}
     command: dict[str, Any] = {"stage": "plan", "strategy": strategy.name}
     command |= {"ratio": budget.ratio} if budget.ratio is not None else {"keep": budget.keep}
     if budget.round_to != 1:
         command["round_to"] = budget.round_to
-    if weights:
-        command["weights"] = dict(sorted(weights.items()))
+    if wanted.weights:
+        command["weights"] = dict(sorted(wanted.weights.items()))
     if protect:
         command["protect"] = [f"{layer}:{expert}" for layer in sorted(protect) for expert in sorted(protect[layer])]
-    return command | {key: list(value) if isinstance(value, tuple | list) else value for key, value in options.items()}
+    return command | {"guard": wanted.guard, "mtp": wanted.mtp, "target": list(wanted.target), "seed": wanted.seed}
 
 
 def _calibration_input(statistics: RouterStatistics) -> dict[str, str]:
@@ -233,24 +276,6 @@ def _coverage(statistics: RouterStatistics, layers: Mapping[int, LayerPlan]) -> 
     }
 
 
-def _with_size(checkpoint: Checkpoint, plan: PruningPlan) -> PruningPlan:
-    after = list(output_tensors(checkpoint, {layer: decision.keep for layer, decision in plan.layers.items()}))
-    before = checkpoint.tensors.values()
-    size: dict[str, Any] = {"bytes": {"before": checkpoint.nbytes, "after": sum(tensor.nbytes for tensor in after)}}
-    if all(entry.dtype in _PLAIN for entry in before):
-        counts = [sum(_numel(item.shape) for item in items if "scale" not in item.name) for items in (before, after)]
-        size["parameters"] = {"before": counts[0], "after": counts[1]}
-    return dataclasses.replace(plan, size=size)
-
-
-# Types whose elements are parameters; packed formats hold several in one element and are only counted in bytes.
-_PLAIN = {"F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2"}
-
-
-def _numel(shape: Sequence[int]) -> int:
-    return int(np.prod(shape, dtype=np.int64))
-
-
 def _notes(checkpoint: Checkpoint, statistics: RouterStatistics, kept: int, *, guard: bool) -> list[str]:
     notes = coverage_warnings(statistics)
     if guard and not statistics.tokens:
@@ -271,25 +296,32 @@ def _is_prime(number: int) -> bool:
 
 
 def coverage_warnings(statistics: RouterStatistics) -> list[str]:
-    """Warnings about experts that calibration hardly saw, with how much data would help."""
+    """Warnings about experts that calibration hardly saw, with how much data to add."""
     if not statistics.tokens:
         return []
     counts = np.concatenate([values["count"].sum(axis=0) for values in statistics.layers.values()])
     never, rare = int((counts == 0).sum()), int(((counts > 0) & (counts < RARE)).sum())
     warnings = []
     per_expert = statistics.tokens * statistics.top_k / statistics.num_experts
-    if per_expert < 10 * RARE:
+    if per_expert < SHORT:
         warnings.append(
             f"very short calibration data: {statistics.tokens:,} tokens give an expert {per_expert:.0f} on average; "
-            f"use at least {int(10 * RARE / per_expert * statistics.tokens):,}"
+            f"add {_more(statistics, SHORT / per_expert)}"
         )
     if never or rare:
-        factor = RARE / counts[counts > 0].min()
-        more = f"; about {max(1.0, factor - 1):.0f} times the data would reach the rare ones" if rare else ""
+        least = "at least " if never else ""  # of an expert that was never seen only a bound is known
         warnings.append(
-            f"of {len(counts):,} experts {never:,} were never routed to and {rare:,} by fewer than {RARE} tokens{more}"
+            f"of {len(counts):,} experts {never:,} were never routed to and {rare:,} by fewer than {RARE} tokens; "
+            f"to reach them add {least}{_more(statistics, RARE / max(1, int(counts.min())))}"
         )
     return warnings
+
+
+def _more(statistics: RouterStatistics, factor: float) -> str:
+    """What to add so that there is ``factor`` times the data, in samples where their number is known."""
+    samples = sum(int(source.get("sequences", 0)) for source in statistics.provenance)
+    count, what = (samples, "samples like these") if samples else (statistics.tokens, "tokens")
+    return f"{math.ceil(count * (factor - 1)):,} {what}"
 
 
 # --- engines --------------------------------------------------------------------------------------------------------

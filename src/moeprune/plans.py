@@ -6,6 +6,7 @@ Only the keep-lists steer ``apply``: edit them, keep every layer's count the sam
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
@@ -81,7 +82,7 @@ class Budget:
             ConfigError: nothing would be removed, too little would stay, or the options contradict each other.
         """
         if (self.ratio is None) == (self.keep is None):
-            raise ConfigError("give exactly one of --ratio and --keep")
+            raise ConfigError("give exactly one of --ratio and --keep", "--ratio 0.5 removes half of each layer's experts")
         kept = self.keep if self.keep is not None else shape.num_experts - self._removed(shape)
         if self.round_to < 1:
             raise ConfigError("--round-to must be at least 1")
@@ -185,11 +186,12 @@ class PruningPlan:
         """
         payload = read_artifact(path, SCHEMA)
         try:
-            layers = {int(layer): _read_layer(value) for layer, value in payload["layers"].items()}
-            known = {item.name for item in dataclasses.fields(cls)}
-            return cls(**{key: value for key, value in payload.items() if key in known} | {"layers": layers})
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
-            raise ArtifactError(f"{path} is not a usable plan: {error!r}") from error
+            names = [item.name for item in dataclasses.fields(cls) if item.name in {*_REQUIRED, *payload}]
+            fields = {name: _read_field(payload, name) for name in names}
+            return cls(**fields | {"layers": dict(_read_layer(*item) for item in fields["layers"].items())})
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
+            what = f"it lacks {error}" if isinstance(error, KeyError) else str(error)
+            raise ArtifactError(f"{path} is not a usable plan: {what}") from error
 
 
 def check_keep(layer: int, keep: Sequence[int], shape: RouterShape) -> None:
@@ -221,11 +223,35 @@ def _layer_dict(layer: LayerPlan) -> dict[str, Any]:
     return entry
 
 
-def _read_layer(value: Mapping[str, Any]) -> LayerPlan:
-    keep = value["keep"]
-    if not isinstance(keep, list) or not all(type(index) is int for index in keep):
-        raise ValueError("keep must be a list of expert numbers")
-    scores = value.get("scores")
-    return LayerPlan(
-        keep=tuple(keep), scores=None if scores is None else tuple(scores), copied_from=value.get("copied_from")
+_REQUIRED = ("layers", "config_edits", "command", "inputs")
+_KINDS: Mapping[str, type[Any]] = {"kind": str, "notes": list}  # of the JSON values; every other field is an object
+
+
+def _read_field(payload: Mapping[str, Any], name: str) -> Any:
+    value: Any = payload[name]
+    kind = _KINDS.get(name, dict)
+    if not isinstance(value, kind):
+        raise TypeError(f"{name} must be {'an object' if kind is dict else f'a {kind.__name__}'}")
+    if name == "engines" and not all(isinstance(reasons, list) for reasons in value.values()):
+        raise TypeError("engines must hold lists of reasons")
+    return value
+
+
+def _read_layer(name: str, value: Any) -> tuple[int, LayerPlan]:
+    if not re.fullmatch("0|[1-9][0-9]{0,8}", name):
+        raise ValueError(f"{name!r} is no layer")
+    if not isinstance(value, dict) or not _numbers(value.get("keep"), int):
+        raise ValueError(f"layer {name}: keep must be a list of expert numbers")
+    scores, source = value.get("scores"), value.get("copied_from")
+    if scores is not None and not _numbers(scores, int, float):
+        raise ValueError(f"layer {name}: scores must be a list of numbers")
+    if source is not None and type(source) is not int:
+        raise ValueError(f"layer {name}: copied_from must be the number of a layer")
+    layer = LayerPlan(
+        keep=tuple(value["keep"]), scores=None if scores is None else tuple(map(float, scores)), copied_from=source
     )
+    return int(name), layer
+
+
+def _numbers(value: object, *kinds: type) -> bool:
+    return isinstance(value, list) and all(type(item) in kinds for item in value)

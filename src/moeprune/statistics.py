@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import json
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -93,6 +94,8 @@ class LayerStatistics:
     @property
     def rng(self) -> np.random.Generator:
         """A generator of this layer's own, for strategies that draw."""
+        if self.seed < 0:
+            raise ConfigError(f"--seed must be at least 0, not {self.seed}")
         return np.random.default_rng([self.seed, self.layer])
 
 
@@ -171,24 +174,25 @@ class RouterStatistics:
         """
         if self.inputs.get("model") != other.inputs.get("model"):
             raise StaleArtifactError("the statistics files were made for different models")
-        mine = {layer: set(values) for layer, values in self.layers.items()}
-        if mine != {layer: set(values) for layer, values in other.layers.items()}:
+        if self._shape() != other._shape():
             raise ArtifactError("the statistics files do not hold the same layers and statistics")
         domains = tuple(dict.fromkeys((*self.domains, *other.domains)))
         layers = {
             layer: {name: _merge_arrays(name, domains, self, other, layer) for name in values}
             for layer, values in self.layers.items()
         }
-        sources = sorted({self.inputs.get("calibration", ""), other.inputs.get("calibration", "")})
         return RouterStatistics(
             domains=domains,
             num_experts=self.num_experts,
             top_k=self.top_k,
             layers=layers,
-            command={"stage": "stats merge", "of": [dict(self.command), dict(other.command)]},
-            inputs={"model": self.inputs["model"], "calibration": "+".join(source for source in sources if source)},
+            command={"stage": "stats merge", "of": [*_merged_commands(self), *_merged_commands(other)]},
+            inputs={**self.inputs, "calibration": "+".join(sorted((*_calibrations(self), *_calibrations(other))))},
             provenance=(*self.provenance, *other.provenance),
         )
+
+    def _shape(self) -> tuple[int, int, dict[int, set[str]]]:
+        return self.num_experts, self.top_k, {layer: set(values) for layer, values in self.layers.items()}
 
     def save(self, path: PathLike) -> Path:
         """Write the statistics file."""
@@ -228,20 +232,22 @@ class RouterStatistics:
         try:
             with safe_open(path, framework="numpy") as file:
                 metadata = dict(file.metadata() or {})
-                arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
+                check_schema(metadata, SCHEMA, path)  # first, for a file of weights may hold what numpy cannot
+                arrays = {name: _read_array(file, name, path) for name in file.keys()}  # noqa: SIM118 - not a mapping
         except (OSError, SafetensorError) as error:
             raise ArtifactError(f"cannot read statistics {path}: {error}") from error
-        check_schema(metadata, SCHEMA, path)
         read = functools.partial(_decode, metadata, path)
-        domains, num_experts = tuple(read("domains")), int(read("num_experts"))
+        domains, num_experts, inputs = tuple(read("domains", list)), read("num_experts", int), read("inputs", dict)
+        if not all(isinstance(label, str) for label in (*domains, *inputs.values())) or len({*domains}) < len(domains):
+            raise ArtifactError(f"{path}: the domains or inputs in its header are no distinct labels")
         return cls(
             domains=domains,
             num_experts=num_experts,
-            top_k=int(read("top_k")),
+            top_k=read("top_k", int),
             layers=_by_layer(arrays, len(domains), num_experts, path),
-            command=read("command"),
-            inputs=read("inputs"),
-            provenance=tuple(read("provenance")),
+            command=read("command", dict),
+            inputs=inputs,
+            provenance=tuple(read("provenance", list)),
         )
 
 
@@ -268,10 +274,28 @@ def merge_statistics(parts: Iterable[RouterStatistics]) -> RouterStatistics:
     return functools.reduce(RouterStatistics.merge, parts)
 
 
-def _decode(metadata: Mapping[str, str], path: PathLike, key: str) -> Any:
+def _merged_commands(part: RouterStatistics) -> list[Any]:
+    """The collections behind some statistics, flat, so that the order of merging leaves no trace."""
+    return list(part.command.get("of") or [dict(part.command)])
+
+
+def _calibrations(part: RouterStatistics) -> list[str]:
+    return [source for source in part.inputs.get("calibration", "").split("+") if source]
+
+
+def _read_array(file: Any, name: str, path: PathLike) -> AnyArray:
+    if file.get_slice(name).get_dtype() not in {"I64", "F64"}:
+        raise ArtifactError(f"{path}: {name!r} is neither int64 nor float64")
+    return np.asarray(file.get_tensor(name))
+
+
+def _decode(metadata: Mapping[str, str], path: PathLike, key: str, kind: type[Any]) -> Any:
     if key not in metadata:
         raise ArtifactError(f"{path} has no {key!r} in its header")
-    return parse_json(metadata[key], path)
+    value = parse_json(metadata[key], path)
+    if type(value) is not kind:
+        raise ArtifactError(f"{path} has a damaged {key!r} in its header")
+    return value
 
 
 def _on_disk(name: str, array: AnyArray) -> AnyArray:
@@ -295,11 +319,16 @@ def _by_layer(
 ) -> dict[int, dict[str, AnyArray]]:
     layers: dict[int, dict[str, AnyArray]] = {}
     for key, array in arrays.items():
-        _, index, name = (*key.split(".", 2), "", "")[:3]
-        if name not in STATISTICS or not index.isdecimal():
+        parts = re.fullmatch(r"layers\.(0|[1-9][0-9]{0,8})\.(\w+)", key)
+        if parts is None or parts[2] not in STATISTICS:
             raise ArtifactError(f"{path} holds an unknown statistic {key!r}", "was it made by a newer version?")
+        index, name = int(parts[1]), parts[2]
         expected = (domains, *STATISTICS[name].shape(num_experts))
         if array.shape != expected or not np.isfinite(array).all():
             raise ArtifactError(f"{path}: {key!r} should be finite and of shape {expected}, it is {array.shape}")
-        layers.setdefault(int(index), {})[name] = array
+        if (array.dtype.kind == "i") != STATISTICS[name].integer:
+            raise ArtifactError(f"{path}: {key!r} should not be of type {array.dtype}")
+        layers.setdefault(index, {})[name] = array
+    if not layers:
+        raise ArtifactError(f"{path} holds no layers")
     return dict(sorted(layers.items()))

@@ -17,7 +17,14 @@ import pytest
 
 from moeprune.errors import ConfigError, EvaluationError
 from moeprune.evaluation.compare import EvalReport, compare_folders
-from moeprune.evaluation.harness import EvalSettings, evaluate_pair, preflight, prepare, run_model
+from moeprune.evaluation.harness import (
+    EvalSettings,
+    _model_arguments,
+    evaluate_pair,
+    preflight,
+    prepare,
+    run_model,
+)
 from moeprune.evaluation.paired import INCONCLUSIVE
 
 TASKS = ("tiny_choice", "tiny_write")
@@ -292,6 +299,29 @@ def test_unknown_local_names_are_refused(models: tuple[Path, Path], include: Pat
     (tmp_path / "full" / "file").touch()
     with pytest.raises(ConfigError, match="not empty"):
         run_model(models[0], settings, tmp_path / "full")
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"device": "cpu"}, {"device": "cpu"}),
+        ({"device": "cuda:1", "backend": "vllm"}, {"device": "cuda:1"}),
+        ({"device": "auto", "backend": "vllm"}, {}),
+        ({"device": None, "backend": "sglang"}, {}),
+        ({"device": None}, {"device": "DEFAULT"}),
+        ({"device": "auto"}, {"device": "DEFAULT"}),
+    ],
+)
+def test_device_is_said_aloud(include: Path, changes: dict[str, Any], named: dict[str, str]) -> None:
+    """lm-eval's hf backend takes CUDA for granted when it is told nothing; other backends place models themselves."""
+    import torch
+
+    if torch.cuda.device_count() > 1 and changes == {"device": "auto"}:
+        named = {"parallelize": True}
+    default = "cuda" if torch.cuda.is_available() else "cpu"
+    expected = {key: default if value == "DEFAULT" else value for key, value in named.items()}
+    found = _model_arguments(Path("model"), settings_for(include, **changes), None)
+    assert {key: found[key] for key in ("device", "parallelize") if key in found} == expected
 
 
 def test_importing_loads_neither_torch_nor_lm_eval() -> None:

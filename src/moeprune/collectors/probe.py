@@ -3,7 +3,7 @@
 1. A function in transformers' experts interface sees the indices and weights that are really used, and the outputs of
    the experts.
 2. A hook on each router sees its logits.
-3. A hook on the model sees the attention mask, so that padding is left out.
+3. A hook on the model below the head sees the attention mask, so that padding is left out.
 
 Routing is never derived again from logits. The observed layer computes its output from the same per-slot outputs that
 are recorded, and on the first batch that output is compared with the model's own.
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 NAME = "moeprune_observe"
+PLAN_ATTRIBUTE = "moeprune_plan"  # where a model that was pruned in place keeps its plan
 _TOLERANCE = {4: 1e-5, 2: 2e-2}  # relative error of the rebuilt layer output, by bytes per element
 
 
@@ -83,12 +84,12 @@ class Observation:
     """Statistics of a model that is being observed; give the current domain with :meth:`domain`."""
 
     def __init__(self, model: PreTrainedModel, *, domain: str, fingerprint: str) -> None:
-        self._layers = {layer.experts: layer for layer in expert_layers(model)}
+        self.layers = {layer.experts: layer for layer in expert_layers(model)}  # by the module that is observed
         self._domain = domain
         self._fingerprint = fingerprint
         self._mask: torch.Tensor | None = None
         self._sums: dict[tuple[str, int], LayerSums] = {}
-        self._unchecked = set(self._layers)
+        self._unchecked = set(self.layers)
 
     @contextlib.contextmanager
     def domain(self, name: str) -> Iterator[None]:
@@ -102,7 +103,7 @@ class Observation:
     # --- the three points -------------------------------------------------------------------------------------------
 
     def read_mask(self, signature: inspect.Signature, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        """Before the model runs: keep the batch's own padding mask, flattened."""
+        """Before the model below the head runs: keep the batch's own padding mask, flattened."""
         given = signature.bind_partial(*args, **kwargs).arguments
         given = {**given.get("kwargs", {}), **given}
         mask, tokens = given.get("attention_mask"), given.get("input_ids")
@@ -120,8 +121,12 @@ class Observation:
         if _recomputing():
             return
         outputs = output if isinstance(output, tuple) else (output,)
-        logits = next(item for item in outputs if item.is_floating_point() and item.shape[-1] == layer.num_experts)
-        self._sums_of(layer, logits.device).add_logits(self._valid(logits.detach().reshape(-1, layer.num_experts)))
+        fitting = (item for item in outputs if item.is_floating_point() and item.shape[-1] == layer.num_experts)
+        logits = next(fitting, None)
+        if logits is None:
+            raise UnsupportedModelError(f"the router of layer {layer.index} returns no logits of its experts")
+        logits_TE = logits.detach().reshape(-1, layer.num_experts)
+        self._sums_of(layer, logits.device).add_logits(logits_TE, self._valid_rows(len(logits_TE), logits.device))
 
     def run_experts(
         self,
@@ -141,23 +146,25 @@ class Observation:
         ones = torch.ones_like(gates_TK).reshape(-1, 1)
         rows = hidden_TH.repeat_interleave(top_k, dim=0)
         slots_TKH = original(experts, rows, index_TK.reshape(-1, 1), ones).view(tokens, top_k, -1)
-        output = (slots_TKH * gates_TK.unsqueeze(-1)).sum(dim=1).to(hidden_TH.dtype)
+        output = _weighted_sum(gates_TK, slots_TKH).to(hidden_TH.dtype)
         if not _recomputing():
-            layer = self._layers[experts]
+            layer = self.layers[experts]
             with torch.no_grad():
                 self._check_once(original, experts, (hidden_TH, index_TK, gates_TK), output)
-                add = self._sums_of(layer, hidden_TH.device).add_slots
-                add(self._valid(slots_TKH.detach()), self._valid(index_TK), self._valid(gates_TK.detach()))
+                valid_T = self._valid_rows(tokens, hidden_TH.device)
+                sums = self._sums_of(layer, hidden_TH.device)
+                sums.add_slots(slots_TKH.detach(), index_TK, gates_TK.detach(), valid_T)
         return output
 
     # --- bookkeeping ------------------------------------------------------------------------------------------------
 
-    def _valid(self, rows: torch.Tensor) -> torch.Tensor:
+    def _valid_rows(self, count: int, device: torch.device) -> torch.Tensor | None:
+        """Which of the layer's flattened tokens are no padding; None when all are."""
         if self._mask is None:
-            return rows
-        if self._mask.shape[0] != rows.shape[0]:
-            raise ConfigError(f"the attention mask covers {self._mask.shape[0]} tokens, the layer sees {rows.shape[0]}")
-        return rows[self._mask.to(rows.device)]
+            return None
+        if self._mask.shape[0] != count:
+            raise ConfigError(f"the attention mask covers {self._mask.shape[0]} tokens, the layer sees {count}")
+        return self._mask.to(device)
 
     def _sums_of(self, layer: ExpertLayer, device: torch.device) -> LayerSums:
         key = (self._domain, layer.index)
@@ -176,7 +183,7 @@ class Observation:
         error = float((rebuilt.float() - own).norm() / own.norm().clamp_min(1e-30))
         if not error <= _TOLERANCE.get(rebuilt.element_size(), 2e-2):
             raise MoePruneError(
-                f"self-check failed in layer {self._layers[experts].index}: the recorded slots rebuild the layer's "
+                f"self-check failed in layer {self.layers[experts].index}: the recorded slots rebuild the layer's "
                 f"output with a relative error of {error:.1e}",
                 "the statistics would be wrong; please report the model and the versions",
             )
@@ -188,14 +195,15 @@ class Observation:
 
         Raises:
             ConfigError: no token was seen.
+            MoePruneError: a forward pass ended before the last layer.
         """
         domains = tuple(dict.fromkeys(domain for domain, _ in self._sums))
         if not any(sums.tokens for sums in self._sums.values()):
             raise ConfigError("no token was observed", "run the model inside the block")
-        indices = sorted({layer for _, layer in self._sums})
+        indices = sorted(layer.index for layer in self.layers.values())
         layers: dict[int, dict[str, AnyArray]] = {}
         for index in indices:
-            per_domain = [self._sums[domain, index].arrays() for domain in domains]
+            per_domain = [self._whole(domain, index).arrays() for domain in domains]
             layers[index] = {name: np.stack([arrays[name] for arrays in per_domain]) for name in STATISTICS}
         any_sums = next(iter(self._sums.values()))
         return RouterStatistics(
@@ -208,9 +216,27 @@ class Observation:
             **more,
         )
 
+    def _whole(self, domain: str, index: int) -> LayerSums:
+        """A layer's sums, which must be over the same tokens as every other layer's."""
+        tokens = {sums.tokens for (name, _), sums in self._sums.items() if name == domain}
+        if len(tokens) > 1 or (domain, index) not in self._sums:
+            raise MoePruneError(
+                f"the layers did not see the same tokens in domain {domain!r}",
+                "a forward pass ended early: observe again without that batch",
+            )
+        return self._sums[domain, index]
+
     def save(self, path: PathLike) -> Path:
         """Write the statistics file."""
         return self.result().save(path)
+
+
+def _weighted_sum(gates_TK: torch.Tensor, slots_TKH: torch.Tensor) -> torch.Tensor:
+    """Sum of the slots by their gates, [T, H], in the wider of the two dtypes."""
+    import torch
+
+    dtype = torch.promote_types(gates_TK.dtype, slots_TKH.dtype)
+    return torch.bmm(gates_TK.to(dtype).unsqueeze(1), slots_TKH.to(dtype)).squeeze(1)
 
 
 def _recomputing() -> bool:
@@ -238,6 +264,7 @@ def observe(model: PreTrainedModel, *, domain: str = "default", like: PathLike |
 
     Raises:
         UnsupportedModelError: the model has no experts that can be observed.
+        ConfigError: the model is being observed already.
 
     Example:
         >>> with moeprune.observe(model) as stats:
@@ -245,23 +272,28 @@ def observe(model: PreTrainedModel, *, domain: str = "default", like: PathLike |
         ...         model(**batch)
         >>> stats.save("statistics.safetensors")
     """
-    observation = Observation(model, domain=domain, fingerprint=_fingerprint(model, like))
+    observation = Observation(model, domain=domain, fingerprint=fingerprint_of(model, like))
+    if any(experts in _ACTIVE for experts in observation.layers):
+        raise ConfigError("the model is being observed already", "label parts of the data with domain()")
     before = model.get_experts_implementation()
     with contextlib.ExitStack() as undo:
         _register()
-        signature = inspect.signature(model.forward)
+        base = model.base_model  # below the head: whatever calls it, the mask is that of the running batch
+        signature = inspect.signature(base.forward)
         undo.callback(
-            model.register_forward_pre_hook(
+            base.register_forward_pre_hook(
                 lambda _, args, kwargs: observation.read_mask(signature, args, kwargs), with_kwargs=True
             ).remove
         )
-        for experts, layer in observation._layers.items():  # noqa: SLF001 - two halves of one thing
-            hook = functools.partial(_after_router, observation, layer)
-            undo.callback(layer.router.register_forward_hook(hook).remove)
+        for experts, layer in observation.layers.items():
+            after = functools.partial(_after_router, observation, layer)
+            undo.callback(layer.router.register_forward_hook(after).remove)
             undo.callback(_ACTIVE.pop, experts, None)
             _ACTIVE[experts] = (observation, _implementation(experts))
         undo.callback(model.set_experts_implementation, before)
         model.set_experts_implementation(NAME)
+        if any(_implementation(experts) != NAME for experts in observation.layers):
+            raise UnsupportedModelError("transformers cannot exchange the experts implementation of this model")
         yield observation
 
 
@@ -277,11 +309,30 @@ def _implementation(experts: nn.Module) -> str:
     return str(getattr(experts.config, "_experts_implementation", None) or "eager")
 
 
-def _fingerprint(model: PreTrainedModel, like: PathLike | None) -> str:
+def fingerprint_of(model: PreTrainedModel, like: PathLike | None = None) -> str:
+    """Fingerprint of the checkpoint that a loaded model is of, or empty.
+
+    Args:
+        model: the loaded model.
+        like: its checkpoint; by default the folder it was loaded from, unless it was pruned since.
+
+    Raises:
+        ConfigError: the checkpoint has another number of experts.
+    """
     from moeprune.checkpoint import open_checkpoint
 
-    folder = like if like is not None else getattr(model.config, "_name_or_path", "")
-    return open_checkpoint(folder).fingerprint if like is not None or Path(folder or "?").is_dir() else ""
+    folder = getattr(model.config, "_name_or_path", "") if like is None else like
+    if like is None and (not folder or not Path(folder).is_dir() or hasattr(model, PLAN_ATTRIBUTE)):
+        return ""
+    checkpoint = open_checkpoint(folder)
+    for layer in expert_layers(model):
+        if layer.num_experts != checkpoint.num_experts:
+            raise ConfigError(
+                f"the model has {layer.num_experts} experts in layer {layer.index}, {folder} has "
+                f"{checkpoint.num_experts}",
+                "name the checkpoint that the model is of with like=FOLDER",
+            )
+    return checkpoint.fingerprint
 
 
 def _register() -> None:

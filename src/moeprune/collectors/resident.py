@@ -7,11 +7,11 @@ import warnings
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from moeprune._files import progress
+from moeprune._files import begin_work, progress
 from moeprune.calibration import Batch
 from moeprune.checkpoint import Checkpoint
 from moeprune.collectors.probe import Observation, observe
-from moeprune.errors import CheckpointError, ConfigError
+from moeprune.errors import CheckpointError, ConfigError, first_line
 
 if TYPE_CHECKING:
     import torch
@@ -31,30 +31,53 @@ def load_model(
 
     Raises:
         ConfigError: an unknown dtype or device.
-        CheckpointError: transformers cannot load it.
+        CheckpointError: transformers cannot load it, or would make up tensors that it lacks.
     """
     import torch
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
     chosen = dtype if dtype == "auto" else getattr(torch, dtype, None)
-    if chosen != "auto" and not isinstance(chosen, torch.dtype):
+    if chosen != "auto" and not (isinstance(chosen, torch.dtype) and chosen.is_floating_point):
         raise ConfigError(f"unknown --dtype {dtype!r}", "auto, float32, bfloat16 or float16")
-    place = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if place.startswith("cuda") and not torch.cuda.is_available():
-        raise ConfigError("--device cuda: there is no CUDA device", "use --device cpu")
+    place = _place(device)
     if not sys.stderr.isatty():
         logging.disable_progress_bar()
+    begin_work()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
-            model = AutoModelForCausalLM.from_pretrained(
-                checkpoint.path, dtype=chosen, device_map=place, trust_remote_code=trust_remote_code
+            model, found = AutoModelForCausalLM.from_pretrained(
+                checkpoint.path,
+                dtype=chosen,
+                device_map=place,
+                trust_remote_code=trust_remote_code,
+                output_loading_info=True,
             )
         except (OSError, ValueError, RuntimeError, ImportError) as error:
-            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-            raise CheckpointError(f"transformers cannot load {checkpoint.path}: {reason}") from error
+            raise CheckpointError(f"transformers cannot load {checkpoint.path}: {first_line(error)}") from error
+    if found["missing_keys"]:
+        raise CheckpointError(
+            f"{checkpoint.path} lacks tensors that the model needs, such as {min(found['missing_keys'])!r}",
+            "download the checkpoint again",
+        )
     return model.eval()
+
+
+def _place(device: str | None) -> str:
+    """A device map that transformers takes."""
+    import torch
+
+    count = torch.cuda.device_count()
+    if device in {None, "auto"}:
+        return device or ("cuda" if count else "cpu")
+    try:
+        wanted = torch.device(str(device))
+    except RuntimeError:
+        raise ConfigError(f"unknown --device {device!r}", "cpu, cuda, cuda:1 or auto") from None
+    if wanted.type == "cuda" and (wanted.index or 0) >= count:
+        raise ConfigError(f"--device {device}: there are {count} CUDA devices", "use --device cpu")
+    return str(device)
 
 
 def run_batches(model: PreTrainedModel, batches: Sequence[Batch], checkpoint: Checkpoint) -> Observation:

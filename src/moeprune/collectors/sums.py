@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     import torch
 
 _COLUMNS = ("gate_sum", "gate_sq_sum", "norm_sum", "norm_sq_sum", "gated_norm_sum", "gated_norm_sq_sum")
+_CHUNK = 1 << 24  # elements of the expert outputs that are widened to float32 at a time: 64 MB
 
 
 class LayerSums:
@@ -38,36 +39,49 @@ class LayerSums:
         self._pair_count = zeros(num_experts**2, dtype=torch.int64)
         self._pairs = zeros(num_experts**2, 2)  # product of gated norms, inner product of gated outputs
 
-    def add_logits(self, logits_TE: torch.Tensor) -> None:
-        """Add the router's raw logits of the valid tokens."""
-        self._soft_prob += logits_TE.float().softmax(dim=-1).sum(dim=0, dtype=self._soft_prob.dtype)
+    def add_logits(self, logits_TE: torch.Tensor, valid_T: torch.Tensor | None) -> None:
+        """Add the router's raw logits; ``valid_T`` leaves padding out."""
+        prob_TE = logits_TE.float().softmax(dim=-1)
+        self._soft_prob += (prob_TE if valid_T is None else prob_TE[valid_T]).sum(dim=0, dtype=self._soft_prob.dtype)
 
-    def add_slots(self, outputs_TKH: torch.Tensor, experts_TK: torch.Tensor, gates_TK: torch.Tensor) -> None:
-        """Add the un-gated expert outputs of the valid tokens, with the experts and gates the model used."""
+    def add_slots(
+        self,
+        outputs_TKH: torch.Tensor,
+        experts_TK: torch.Tensor,
+        gates_TK: torch.Tensor,
+        valid_T: torch.Tensor | None,
+    ) -> None:
+        """Add the un-gated expert outputs, with the experts and gates the model used; ``valid_T`` leaves padding out."""
+        tokens, top_k, hidden = outputs_TKH.shape
+        self.top_k = top_k
+        step = max(1, _CHUNK // (top_k * hidden))
+        for start in range(0, tokens, step):
+            rows = slice(start, start + step)
+            chunk = None if valid_T is None else valid_T[rows]
+            self._add_chunk(outputs_TKH[rows].float(), experts_TK[rows], gates_TK[rows].float(), chunk)
+
+    def _add_chunk(
+        self, outputs_TKH: torch.Tensor, experts_TK: torch.Tensor, gate_TK: torch.Tensor, valid_T: torch.Tensor | None
+    ) -> None:
+        """Reduce over the hidden size first and drop padding afterwards: the wide tensor is never copied."""
         import torch
 
-        self.tokens += outputs_TKH.shape[0]
-        self.top_k = outputs_TKH.shape[1]
+        norm_TK = torch.linalg.vector_norm(outputs_TKH, dim=-1)
+        peak_TK = torch.maximum(outputs_TKH.amax(dim=-1), -outputs_TKH.amin(dim=-1))
+        inner_TKK = torch.bmm(outputs_TKH, outputs_TKH.transpose(1, 2))
+        if valid_T is not None:
+            kept = (values[valid_T] for values in (experts_TK, gate_TK, norm_TK, peak_TK, inner_TKK))
+            experts_TK, gate_TK, norm_TK, peak_TK, inner_TKK = kept
+        self.tokens += len(experts_TK)
         experts = experts_TK.reshape(-1)
-        gate = gates_TK.float()
-        norm = torch.linalg.vector_norm(outputs_TKH, dim=-1, dtype=torch.float32)
-        gated_norm = gate * norm
-        columns = torch.stack((gate, gate**2, norm, norm**2, gated_norm, gated_norm**2), dim=-1)
+        gated_TK = gate_TK * norm_TK
+        columns = torch.stack((gate_TK, gate_TK**2, norm_TK, norm_TK**2, gated_TK, gated_TK**2), dim=-1)
         self._columns.index_add_(0, experts, columns.reshape(-1, len(_COLUMNS)).double())
         self._count += torch.bincount(experts, minlength=self.num_experts)
-        peak = torch.linalg.vector_norm(outputs_TKH, ord=float("inf"), dim=-1, dtype=torch.float32)
-        self._peak.scatter_reduce_(0, experts, peak.reshape(-1).double(), "amax")
-        self._add_pairs(outputs_TKH, experts_TK, gate, gated_norm)
-
-    def _add_pairs(
-        self, outputs_TKH: torch.Tensor, experts_TK: torch.Tensor, gate_TK: torch.Tensor, gated_norm_TK: torch.Tensor
-    ) -> None:
-        import torch
-
+        self._peak.scatter_reduce_(0, experts, peak_TK.reshape(-1).double(), "amax")
         pair = (experts_TK[:, :, None] * self.num_experts + experts_TK[:, None, :]).reshape(-1)
-        gated_TKH = outputs_TKH.float() * gate_TK[:, :, None]
-        inner_TKK = gated_TKH @ gated_TKH.transpose(1, 2)
-        norms_TKK = gated_norm_TK[:, :, None] * gated_norm_TK[:, None, :]
+        norms_TKK = gated_TK[:, :, None] * gated_TK[:, None, :]
+        inner_TKK = inner_TKK * gate_TK[:, :, None] * gate_TK[:, None, :]
         self._pairs.index_add_(0, pair, torch.stack((norms_TKK, inner_TKK), dim=-1).reshape(-1, 2).double())
         self._pair_count += torch.bincount(pair, minlength=self.num_experts**2)
 

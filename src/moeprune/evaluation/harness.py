@@ -4,23 +4,24 @@ from __future__ import annotations
 
 import contextlib
 import gc
-import importlib.util
+import importlib
 import json
 import logging
 import os
 import random
+import shutil
 import subprocess
 import sys
 import tempfile
 import warnings
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moeprune._files import begin_work, check_output_folder, quiet
-from moeprune.errors import EvaluationError, nearest
+from moeprune.errors import EvaluationError
 from moeprune.evaluation.compare import EvalReport, compare_folders
+from moeprune.evaluation.settings import EvalSettings, canonical_options, check_settings
 from moeprune.evaluation.tasks import LoadedTasks, load_tasks
 
 if TYPE_CHECKING:
@@ -28,64 +29,24 @@ if TYPE_CHECKING:
 
     Model = Path | tuple[nn.Module, Any]
 
-_BACKENDS = {"hf": "transformers", "vllm": "vllm", "sglang": "sglang"}
-_RESERVED = {"pretrained", "batch_size", "trust_remote_code"}
 _CHATTY = ("lm_eval", "datasets", "transformers", "accelerate")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class EvalSettings:
-    """How to evaluate; the same for both models.
-
-    Attributes:
-        tasks: names of lm-eval tasks, groups or tags; ``*`` matches several.
-        include_path: folder with further task YAMLs; its names win over lm-eval's own.
-        backend: ``hf`` (in this process), ``vllm`` or ``sglang`` (one process per model).
-        model_args: further arguments of lm-eval's model class, such as ``{"max_length": 4096}``.
-        batch_size: fixed on purpose, because scores move with the batch size.
-        limit: evaluate only the first so many documents per task; the report then says so.
-        device: torch device of the hf backend; CUDA where there is one by default.
-        dtype: ``auto`` is the checkpoint's own.
-        num_fewshot: overrides the tasks' number of examples, except where a task insists on none.
-        seed: 0 gives lm-eval's own default seeds, and so its usual few-shot examples.
-        isolated: run the hf backend in a process of its own per model too.
-    """
-
-    tasks: tuple[str, ...]
-    include_path: Path | None = None
-    backend: str = "hf"
-    model_args: Mapping[str, Any] = field(default_factory=dict)
-    batch_size: int = 16
-    limit: int | None = None
-    device: str | None = None
-    dtype: str = "auto"
-    num_fewshot: int | None = None
-    apply_chat_template: bool = False
-    trust_remote_code: bool = False
-    seed: int = 0
-    isolated: bool = False
-
-    @property
-    def in_process(self) -> bool:
-        """Whether models run in this process."""
-        return self.backend == "hf" and not self.isolated
-
-    @property
-    def seeds(self) -> dict[str, int]:
-        """Seeds by generator, in the order of lm-eval's ``--seed``."""
-        other = 1234 + self.seed
-        return {"random_seed": self.seed, "numpy_seed": other, "torch_seed": other, "fewshot_seed": other}
 
 
 # --- the public stages ------------------------------------------------------------------------------------------------
 
 
-def preflight(settings: EvalSettings) -> None:
+def preflight(settings: EvalSettings, base: Path | None = None) -> None:
     """Check everything that can be checked without a model: backend, task names, and that every task's data loads.
+
+    Args:
+        settings: what will be run and how.
+        base: checkpoint folder of the original model, which must have a tokenizer.
 
     Raises:
         EvaluationError: names every task that cannot run, with its cause and remedy.
     """
+    if base is not None:
+        _check_tokenizer(base, settings)
     with prepare(settings):
         pass
 
@@ -93,7 +54,7 @@ def preflight(settings: EvalSettings) -> None:
 @contextlib.contextmanager
 def prepare(settings: EvalSettings) -> Iterator[LoadedTasks]:
     """Check as `preflight` does and keep the loaded tasks for the runs inside the block."""
-    _check_settings(settings)
+    check_settings(settings)
     with tempfile.TemporaryDirectory(prefix="moeprune-tasks-") as scratch:
         with hushed(), _uncounted():
             loaded = load_tasks(settings.tasks, settings.include_path, Path(scratch))
@@ -139,6 +100,7 @@ def evaluate_pair(
     output: Path,
     *,
     margin: float = 1.0,
+    overwrite: bool = False,
     fingerprints: Mapping[str, str] | None = None,
 ) -> EvalReport:
     """Evaluate both checkpoints alike and compare them document by document.
@@ -149,6 +111,7 @@ def evaluate_pair(
         settings: what to run and how.
         output: lm-eval's own results go to ``output/base`` and ``output/pruned``.
         margin: largest loss in points that still counts as immaterial.
+        overwrite: replace what stands in those two folders.
         fingerprints: fingerprints of ``base`` and ``pruned``, for the report's envelope.
 
     Raises:
@@ -158,50 +121,24 @@ def evaluate_pair(
     for label, folder in folders.items():
         if not (folder / "config.json").is_file():
             raise EvaluationError(f"the {label} model {folder} is not a checkpoint folder", "it has no config.json")
-        check_output_folder(output / label, overwrite=False)
+        check_output_folder(output / label, overwrite=overwrite)
+    _check_tokenizer(folders["base"], settings)
     with prepare(settings) as loaded:
         begin_work()
         for label, folder in folders.items():
+            shutil.rmtree(output / label, ignore_errors=True)
             tokenizer = None if _has_tokenizer(folder) else folders["base"]
             run_model(folder, settings, output / label, loaded=loaded, tokenizer=tokenizer)
     command = canonical_options(settings, margin)
     return compare_folders(output / "base", output / "pruned", margin=margin, command=command, inputs=fingerprints)
 
 
-def canonical_options(settings: EvalSettings, margin: float) -> dict[str, Any]:
-    """The options that decide the result, for the report's envelope."""
-    return {
-        "tasks": list(settings.tasks),
-        "backend": settings.backend,
-        "model_args": dict(settings.model_args),
-        "batch_size": settings.batch_size,
-        "limit": settings.limit,
-        "dtype": settings.dtype,
-        "num_fewshot": settings.num_fewshot,
-        "apply_chat_template": settings.apply_chat_template,
-        "seed": settings.seed,
-        "margin": margin,
-    }
-
-
 # --- checks -----------------------------------------------------------------------------------------------------------
 
 
-def _check_settings(settings: EvalSettings) -> None:
-    if not settings.tasks:
-        raise EvaluationError("no tasks to evaluate", "name some with --tasks")
-    if settings.backend not in _BACKENDS:
-        raise EvaluationError(f"unknown backend {settings.backend!r}", nearest(settings.backend, _BACKENDS))
-    for module in (_BACKENDS[settings.backend], "lm_eval"):
-        if importlib.util.find_spec(module) is None:
-            raise EvaluationError(f"{module} is not installed", f"pip install {module.replace('_', '-')}")
-    reserved = sorted(_RESERVED & settings.model_args.keys())
-    if reserved:
-        raise EvaluationError(f"model arguments may not hold {', '.join(reserved)}", "moeprune sets it itself")
-    if settings.batch_size < 1:
-        raise EvaluationError("the batch size must be a positive number", "a fixed one, so that both models share it")
-    if settings.limit is not None and settings.limit < 1:
-        raise EvaluationError("the limit must be at least one document")
+def _check_tokenizer(base: Path, settings: EvalSettings) -> None:
+    if not _has_tokenizer(base) and "tokenizer" not in settings.model_args:
+        raise EvaluationError(f"{base} has no tokenizer, which an evaluation needs", "add the tokenizer's files")
 
 
 def _has_tokenizer(folder: Path) -> bool:
@@ -278,8 +215,7 @@ def _load_model(model: Model, settings: EvalSettings, tokenizer: Path | None) ->
     if not isinstance(model, Path):
         module, own_tokenizer = model
         return HFLM(pretrained=module, tokenizer=own_tokenizer, batch_size=settings.batch_size, **settings.model_args)
-    device = {"device": settings.device} if settings.device else {}
-    return HFLM(**{**device, **_model_arguments(model, settings, tokenizer)}, batch_size=settings.batch_size)
+    return HFLM(**_model_arguments(model, settings, tokenizer), batch_size=settings.batch_size)
 
 
 def _model_arguments(model: Path, settings: EvalSettings, tokenizer: Path | None) -> dict[str, Any]:
@@ -291,7 +227,20 @@ def _model_arguments(model: Path, settings: EvalSettings, tokenizer: Path | None
     }
     if tokenizer is not None:
         arguments["tokenizer"] = str(tokenizer.absolute())
-    return {**arguments, **settings.model_args}
+    return {**arguments, **_placement(settings), **settings.model_args}
+
+
+def _placement(settings: EvalSettings) -> dict[str, Any]:
+    """Where the model goes; lm-eval's hf backend takes CUDA for granted when it is told nothing."""
+    import torch
+
+    if settings.device not in {None, "auto"}:
+        return {"device": settings.device}
+    if settings.backend != "hf":
+        return {}
+    if settings.device == "auto" and torch.cuda.device_count() > 1:
+        return {"parallelize": True}
+    return {"device": "cuda" if torch.cuda.is_available() else "cpu"}
 
 
 def _evaluate(lm: Any, name: str, settings: EvalSettings, output: Path, loaded: LoadedTasks) -> None:
@@ -385,16 +334,17 @@ def _run_subprocess(
 def _command(
     model: Path, settings: EvalSettings, output: Path, include_path: Path | None, tokenizer: Path | None
 ) -> list[str]:
+    arguments = _model_arguments(model, settings, tokenizer)
     options = {
+        "--device": arguments.pop("device", None),  # its default would meet one in the model's arguments
         "--model": settings.backend,
-        "--model_args": json.dumps(_model_arguments(model, settings, tokenizer)),
+        "--model_args": json.dumps(arguments),
         "--tasks": ",".join(settings.tasks),
         "--batch_size": settings.batch_size,
         "--output_path": output / "results.json",
         "--seed": ",".join(map(str, settings.seeds.values())),
         "--include_path": include_path,
         "--limit": settings.limit,
-        "--device": settings.device,
         "--num_fewshot": settings.num_fewshot,
     }
     flags = {

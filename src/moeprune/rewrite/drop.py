@@ -8,14 +8,24 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Iterator, Mapping
+import re
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from moeprune._files import PathLike, begin_work, check_free_space, check_output_folder, output_folder, to_json
+from moeprune._files import (
+    PathLike,
+    begin_work,
+    check_free_space,
+    check_output_folder,
+    envelope,
+    output_folder,
+    to_json,
+)
 from moeprune.architectures import ExpertName, RouterName
 from moeprune.checkpoint import Checkpoint, TensorEntry
-from moeprune.errors import ConfigError, PlanError, StaleArtifactError
+from moeprune.errors import ConfigError, LayoutError, PlanError, StaleArtifactError
 from moeprune.plans import DROP, PruningPlan, check_keep
 from moeprune.rewrite.raw_config import edit_json
 from moeprune.rewrite.shards import Copied, OutputTensor, Segment, copy_other_files, write_shards
@@ -38,6 +48,7 @@ def check_plan(checkpoint: Checkpoint, plan: PruningPlan) -> PruningPlan:
     Raises:
         StaleArtifactError: the plan was made for another model.
         PlanError: a layer is missing, or no engine could run the result.
+        LayoutError: the config names experts by number.
     """
     if plan.kind != DROP:
         raise PlanError(f"this executor runs plans of kind {DROP!r}, not {plan.kind!r}")
@@ -52,13 +63,34 @@ def check_plan(checkpoint: Checkpoint, plan: PruningPlan) -> PruningPlan:
         raise PlanError(f"the plan and the checkpoint do not have the same MoE layers (first odd one: {odd[0]})")
     for layer, decision in sorted(plan.layers.items()):
         check_keep(layer, decision.keep, checkpoint.router)
-    counts = {len(decision.keep) for decision in plan.layers.values()}
-    if len(counts) > 1:
-        raise PlanError(
-            f"layers keep different numbers of experts: {sorted(counts)}", "no stock engine loads such a checkpoint"
-        )
+    check_counts(plan)
+    if plan.kept < checkpoint.num_experts:
+        _check_named_experts(checkpoint)
     dropped = bool(mtp) and planned == trunk
     return dataclasses.replace(plan, config_edits=config_edits(checkpoint, plan.kept, drop_mtp=dropped))
+
+
+def check_counts(plan: PruningPlan) -> None:
+    """Refuse a plan whose layers keep different numbers of experts."""
+    counts = sorted({len(decision.keep) for decision in plan.layers.values()})
+    if len(counts) > 1:
+        raise PlanError(
+            f"layers keep different numbers of experts: {counts}", "no stock engine loads such a checkpoint"
+        )
+
+
+def _check_named_experts(checkpoint: Checkpoint) -> None:
+    """Refuse a config that singles out experts by number, as lists of unquantised modules may: they get new numbers."""
+    named: dict[tuple[str, str], set[int]] = defaultdict(set)
+    experts = re.escape(checkpoint.spec.experts)
+    for before, number, after in re.findall(rf'"([^"]*{experts})(\d+)([^"]*)"', checkpoint.config_text):
+        named[before, after].add(int(number))
+    for (before, after), numbers in named.items():
+        if numbers != set(range(checkpoint.num_experts)):  # a list of all of them holds for those that stay
+            raise LayoutError(
+                f"config.json names {before}{min(numbers)}{after}, and experts are renumbered",
+                "take a checkpoint whose quantisation does not differ from expert to expert",
+            )
 
 
 def output_tensors(checkpoint: Checkpoint, keep: Mapping[int, tuple[int, ...]]) -> Iterator[OutputTensor]:
@@ -68,11 +100,10 @@ def output_tensors(checkpoint: Checkpoint, keep: Mapping[int, tuple[int, ...]]) 
         checkpoint: the source.
         keep: experts that stay by layer; an MTP layer that is absent is left out whole.
     """
-    first_mtp = int(checkpoint.config["num_hidden_layers"])
     new_number = {layer: {old: new for new, old in enumerate(kept)} for layer, kept in keep.items()}
     for name, entry in checkpoint.tensors.items():
         role = checkpoint.roles[name]
-        if role.layer >= first_mtp and role.layer in checkpoint.mtp_layers and role.layer not in keep:
+        if role.layer in checkpoint.mtp_layers and role.layer not in keep:
             continue
         if isinstance(role, ExpertName):
             if role.expert in new_number[role.layer]:
@@ -148,9 +179,7 @@ def apply_drop(
     check_free_space(output, sum(tensor.nbytes for tensor in tensors) + 64_000_000)
     begin_work()
     with output_folder(output, overwrite=overwrite) as staging:
-        copied = write_shards(tensors, staging, checkpoint.shard_metadata, max_shard_size)
-        (staging / "config.json").write_bytes(edit_json(checkpoint.config_text, plan.config_edits).encode())
-        copy_other_files(checkpoint.path, staging)
+        copied = write_checkpoint(checkpoint, tensors, plan.config_edits, staging, max_shard_size)
         records = dict(extra or {}) | {
             "plan.json": to_json(plan.to_dict()).encode(),
             "manifest.json": to_json(_manifest(copied)).encode(),
@@ -160,6 +189,20 @@ def apply_drop(
         for name, data in records.items():
             (staging / PROVENANCE / name).write_bytes(data)
     return Path(output)
+
+
+def write_checkpoint(
+    checkpoint: Checkpoint,
+    tensors: Sequence[OutputTensor],
+    edits: Mapping[str, int],
+    folder: Path,
+    max_shard_size: int,
+) -> list[Copied]:
+    """Write shards, index, the edited config and the files that travel as they are."""
+    copied = write_shards(tensors, folder, checkpoint.shard_metadata, max_shard_size)
+    (folder / "config.json").write_bytes(edit_json(checkpoint.config_text, edits).encode())
+    copy_other_files(checkpoint.path, folder)
+    return copied
 
 
 def _manifest(copied: list[Copied]) -> dict[str, Any]:
@@ -172,8 +215,6 @@ def _manifest(copied: list[Copied]) -> dict[str, Any]:
 
 def provenance(checkpoint: Checkpoint, plan: PruningPlan, copied: list[Copied]) -> dict[str, Any]:
     """Where a pruned checkpoint came from: no times, hosts or paths, so that equal runs give equal bytes."""
-    from moeprune._files import envelope
-
     return envelope("moeprune.provenance/1", plan.command, plan.inputs) | {
         "architecture": checkpoint.spec.model_type,
         "experts": {"before": checkpoint.num_experts, "after": plan.kept},

@@ -17,7 +17,7 @@ from moeprune.errors import CheckpointError, ConfigError
 
 _BUFFER = 8 << 20
 # Weights in other formats and their indexes: stale once experts are gone.
-_WEIGHTS = {".safetensors", ".bin", ".pt", ".pth", ".gguf", ".onnx", ".h5", ".msgpack", ".ckpt"}
+_WEIGHTS = {".safetensors", ".bin", ".pt", ".pth", ".gguf", ".onnx", ".onnx_data", ".h5", ".msgpack", ".ckpt"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,7 +64,7 @@ def parse_size(text: str) -> int:
     unit = text.strip()[len(number) :].upper()
     try:
         size = int(float(number) * units[unit])
-    except (KeyError, ValueError):
+    except (KeyError, ValueError, OverflowError):
         raise ConfigError(f"{text!r} is not a size", "write it as 5GB or 512MiB") from None
     if size < 1:
         raise ConfigError(f"a shard of {text!r} holds nothing")
@@ -116,8 +116,9 @@ def _shard_name(number: int, total: int) -> str:
 
 def _write_shard(tensors: Sequence[OutputTensor], target: Path, metadata: Mapping[str, str]) -> Iterator[Copied]:
     described = ((tensor.name, tensor.dtype, tensor.shape, tensor.nbytes) for tensor in tensors)
-    with target.open("xb", buffering=0) as out, _Sources() as sources:
-        out.write(safetensors_header(described, metadata))
+    largest = max((segment.end - segment.begin for tensor in tensors for segment in tensor.segments), default=0)
+    with target.open("xb", buffering=0) as out, _Sources(largest) as sources:
+        _write_all(out, memoryview(safetensors_header(described, metadata)))
         for tensor in tensors:
             digest = xxhash.xxh3_128()
             for chunk in sources.chunks(tensor.segments):
@@ -136,9 +137,9 @@ def _write_all(out: IO[bytes], chunk: memoryview) -> None:
 class _Sources:
     """Source files that stay open while their bytes are read into one reused buffer."""
 
-    def __init__(self) -> None:
+    def __init__(self, largest: int) -> None:
         self._files: dict[Path, IO[bytes]] = {}
-        self._buffer = memoryview(bytearray(_BUFFER))
+        self._buffer = memoryview(bytearray(min(largest, _BUFFER)))
 
     def __enter__(self) -> _Sources:
         return self
@@ -156,17 +157,17 @@ class _Sources:
             file.seek(segment.begin)
             left = segment.end - segment.begin
             while left:
-                count = file.readinto(self._buffer[: min(left, _BUFFER)])  # type: ignore[attr-defined]
+                count = file.readinto(self._buffer[:left])  # type: ignore[attr-defined]
                 if not count:
                     raise CheckpointError(f"{segment.file} ended early", "it changed while it was read")
                 left -= count
                 yield self._buffer[:count]
 
 
-def tensor_digest(segments: Iterable[Segment]) -> str:
+def tensor_digest(segments: Sequence[Segment]) -> str:
     """xxh3-128 of the bytes of some segments."""
     digest = xxhash.xxh3_128()
-    with _Sources() as sources:
+    with _Sources(max((segment.end - segment.begin for segment in segments), default=0)) as sources:
         for chunk in sources.chunks(segments):
             digest.update(chunk)
     return digest.hexdigest()
@@ -178,7 +179,11 @@ def other_files(source: Path) -> Iterator[Path]:
         relative = path.relative_to(source)
         hidden = any(part.startswith(".") for part in relative.parts)
         ours = relative.parts[0] == "moeprune" or str(relative) == "config.json"
-        if path.is_file() and not hidden and not ours and not _is_weight(path):
+        if hidden or ours or _is_weight(path):
+            continue
+        if path.is_symlink() and not path.exists():
+            raise CheckpointError(f"{path} links to a file that is not there", "download the checkpoint again")
+        if path.is_file():
             yield relative
 
 

@@ -31,25 +31,40 @@ def verify_drop(source: Checkpoint, output: PathLike) -> Verification:
     the manifest must agree, the config may differ only in the planned values, and other files must be equal.
 
     Raises:
-        CheckpointError: anything differs; the message names the first tensor or file.
+        MoePruneError: anything differs; the message names the first tensor or file.
     """
     folder = Path(output)
     plan = check_plan(source, PruningPlan.load(folder / PROVENANCE / "plan.json"))
+    manifest = read_artifact(folder / PROVENANCE / "manifest.json", "moeprune.manifest/1").get("tensors", {})
+    _same_bytes(folder / "config.json", edit_json(source.config_text, plan.config_edits).encode())
     pruned = open_checkpoint(folder)
-    if pruned.config_text != edit_json(source.config_text, plan.config_edits):
-        raise CheckpointError(f"{folder / 'config.json'} differs from the source in more than the planned values")
     expected = {tensor.name: tensor for tensor in output_tensors(source, keep_lists(plan))}
+    _compare_names(expected, pruned, folder)
+    begin_work()
+    for name, tensor in progress(expected.items(), "verifying", unit="tensor"):
+        _compare(tensor, pruned.tensors[name], manifest)
+    files = list(other_files(source.path))
+    for file in files:
+        _same_bytes(folder / file, (source.path / file).read_bytes())
+    return Verification(tensors=len(expected), nbytes=pruned.nbytes, files=len(files))
+
+
+def _same_bytes(file: Path, expected: bytes) -> None:
+    if not file.is_file() or file.read_bytes() != expected:
+        what = "is not what the source and the plan give" if file.is_file() else "is missing"
+        raise CheckpointError(f"{file} {what}", "apply the plan again")
+
+
+def _compare_names(expected: Mapping[str, OutputTensor], pruned: Checkpoint, folder: Path) -> None:
     odd = sorted(expected.keys() ^ pruned.tensors.keys())
     if odd:
         raise CheckpointError(
             f"tensor {odd[0]!r} is {'missing from' if odd[0] in expected else 'too much in'} {folder}"
         )
-    manifest = read_artifact(folder / PROVENANCE / "manifest.json", "moeprune.manifest/1")["tensors"]
-    begin_work()
-    for name, tensor in progress(expected.items(), "verifying", unit="tensor"):
-        _compare(tensor, pruned.tensors[name], manifest)
-    files = _compare_files(source.path, folder)
-    return Verification(tensors=len(expected), nbytes=pruned.nbytes, files=files)
+    named = {entry.file.name for entry in pruned.tensors.values()}
+    stray = sorted(file.name for file in folder.glob("*.safetensors") if file.name not in named)
+    if stray:
+        raise CheckpointError(f"{folder / stray[0]} is no part of the checkpoint", "engines may load it: remove it")
 
 
 def _compare(expected: OutputTensor, found: TensorEntry, manifest: Mapping[str, str]) -> None:
@@ -62,11 +77,3 @@ def _compare(expected: OutputTensor, found: TensorEntry, manifest: Mapping[str, 
         raise CheckpointError(f"tensor {found.name!r} differs from the source", "apply the plan again")
     if digest != manifest.get(found.name):
         raise CheckpointError(f"tensor {found.name!r} is not what the manifest says", "apply the plan again")
-
-
-def _compare_files(source: Path, output: Path) -> int:
-    names = list(other_files(source))
-    for name in names:
-        if not (output / name).is_file() or (output / name).read_bytes() != (source / name).read_bytes():
-            raise CheckpointError(f"{output / name} is not the source's file", "apply the plan again")
-    return len(names)

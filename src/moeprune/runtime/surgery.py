@@ -2,31 +2,35 @@
 
 from __future__ import annotations
 
-import tempfile
-from collections.abc import Mapping
+import re
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence, Set
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from moeprune._files import PathLike, begin_work, check_free_space, output_folder, to_json
-from moeprune.checkpoint import Checkpoint, open_checkpoint
-from moeprune.collectors.probe import expert_layers
-from moeprune.errors import CheckpointError, PlanError
+from moeprune._files import PathLike, begin_work, check_free_space, output_folder, progress, to_json
+from moeprune.checkpoint import Checkpoint, TensorEntry, open_checkpoint
+from moeprune.collectors.probe import PLAN_ATTRIBUTE, ExpertLayer, expert_layers, fingerprint_of
+from moeprune.errors import CheckpointError, PlanError, StaleArtifactError
 from moeprune.plans import PruningPlan, RouterShape, check_keep
 from moeprune.rewrite.drop import (
     DEFAULT_SHARD_SIZE,
     PROVENANCE,
+    check_counts,
     check_output,
     check_plan,
     keep_lists,
     output_tensors,
+    write_checkpoint,
 )
-from moeprune.rewrite.raw_config import edit_json
-from moeprune.rewrite.shards import OutputTensor, Segment, copy_other_files, write_shards
+from moeprune.rewrite.shards import OutputTensor
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
     from transformers import PreTrainedModel
+
+_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts")  # attributes that count routed experts
 
 
 def prune_model(model: PreTrainedModel, plan: PruningPlan) -> PreTrainedModel:
@@ -43,36 +47,50 @@ def prune_model(model: PreTrainedModel, plan: PruningPlan) -> PreTrainedModel:
         The same model.
 
     Raises:
-        PlanError: the plan does not fit the model.
+        PlanError: the plan does not fit the model, or the model was pruned already.
+        StaleArtifactError: the plan was made for another checkpoint than the folder the model was loaded from.
 
     Example:
         >>> plan = moeprune.plan("statistics.safetensors", "base", ratio=0.5)
         >>> moeprune.prune_model(model, plan)
     """
     layers = expert_layers(model)
-    for layer in layers:
-        if layer.index not in plan.layers:
-            raise PlanError(f"the plan has no layer {layer.index}, the model has")
-        check_keep(layer.index, plan.layers[layer.index].keep, _router_shape(model, layer.num_experts))
+    _check_fit(model, layers, plan)
     for layer in layers:
         keep = plan.layers[layer.index].keep
-        for module in (layer.experts, layer.router, model.get_submodule(_parent_name(model, layer.experts))):
-            _slice_module(module, layer.num_experts, keep, recurse=module is layer.experts)
-    for name, count in _counts(model.config, layers[0].num_experts).items():
-        setattr(model.config, name, plan.kept if count == layers[0].num_experts else count)
-    if getattr(model, "num_experts", None) == layers[0].num_experts:
-        model.num_experts = plan.kept  # read by the load-balancing loss
+        for module in layer.experts.modules():
+            _slice_module(module, layer.num_experts, keep)
+        for module in (layer.router, model.get_submodule(_parent_name(model, layer.experts))):
+            _slice_module(module, layer.num_experts, keep)
+    for holder in (model, model.config.get_text_config()):  # the model's own is read by the load-balancing loss
+        _set_counts(holder, layers[0].num_experts, plan.kept)
+    setattr(model, PLAN_ATTRIBUTE, plan)
     return model
 
 
-def _router_shape(model: PreTrainedModel, num_experts: int) -> RouterShape:
+def _check_fit(model: PreTrainedModel, layers: Sequence[ExpertLayer], plan: PruningPlan) -> None:
+    """Refuse a plan for another model before anything changes."""
+    if hasattr(model, PLAN_ATTRIBUTE):
+        raise PlanError("the model was pruned already", "load it again to prune it by another plan")
+    made_for = fingerprint_of(model)
+    if made_for and made_for != plan.inputs.get("model"):
+        raise StaleArtifactError(
+            f"the plan was made for another model than {model.config._name_or_path}",  # noqa: SLF001 - its only name
+            "make a plan from statistics of this model",
+        )
     config = model.config.get_text_config()
-    return RouterShape(
-        num_experts=num_experts,
-        top_k=int(config.num_experts_per_tok),
-        n_group=int(getattr(config, "n_group", None) or 1),
-        topk_group=int(getattr(config, "topk_group", None) or 1),
-    )
+    odd = {layer.index for layer in layers} ^ {layer for layer in plan.layers if layer < config.num_hidden_layers}
+    if odd:
+        raise PlanError(f"the plan and the model do not have the same MoE layers (first odd one: {min(odd)})")
+    check_counts(plan)
+    for layer in layers:
+        shape = RouterShape(
+            num_experts=layer.num_experts,
+            top_k=int(config.num_experts_per_tok),
+            n_group=int(getattr(config, "n_group", None) or 1),
+            topk_group=int(getattr(config, "topk_group", None) or 1),
+        )
+        check_keep(layer.index, plan.layers[layer.index].keep, shape)
 
 
 def _parent_name(model: nn.Module, child: nn.Module) -> str:
@@ -80,34 +98,23 @@ def _parent_name(model: nn.Module, child: nn.Module) -> str:
     return name.rpartition(".")[0]
 
 
-def _slice_module(module: nn.Module, num_experts: int, keep: tuple[int, ...], *, recurse: bool) -> None:
-    """Keep some rows of every parameter and buffer that has one row per expert, and correct the module's own count."""
+def _slice_module(module: nn.Module, num_experts: int, keep: tuple[int, ...]) -> None:
+    """Keep some rows of each parameter and buffer that has one row per expert, and correct the module's own count."""
     import torch
 
     index = torch.tensor(keep)
-    for owner in module.modules() if recurse else [module]:
-        for name, value in [*owner.named_parameters(recurse=False), *owner.named_buffers(recurse=False)]:
-            if value.shape[:1] == (num_experts,):
-                _replace(owner, name, value, index)
-        for name, count in _counts(owner, num_experts).items():
-            setattr(owner, name, len(keep) if count == num_experts else count)
+    for name, value in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]:
+        if value.shape[:1] == (num_experts,):
+            rows = value.detach().index_select(0, index.to(value.device))
+            is_parameter = isinstance(value, torch.nn.Parameter)
+            setattr(module, name, torch.nn.Parameter(rows, value.requires_grad) if is_parameter else rows)
+    _set_counts(module, num_experts, len(keep))
 
 
-def _replace(owner: nn.Module, name: str, value: torch.Tensor, index: torch.Tensor) -> None:
-    import torch
-
-    rows = value.detach().index_select(0, index.to(value.device)).clone()
-    if isinstance(value, torch.nn.Parameter):
-        setattr(owner, name, torch.nn.Parameter(rows, requires_grad=value.requires_grad))
-    else:
-        setattr(owner, name, rows)
-
-
-def _counts(holder: Any, num_experts: int) -> dict[str, int]:
-    """Attributes that count routed experts."""
-    names = ("num_experts", "num_local_experts", "n_routed_experts")
-    found = {name: getattr(holder, name, None) for name in names}
-    return {name: count for name, count in found.items() if count == num_experts}
+def _set_counts(holder: Any, before: int, after: int) -> None:
+    for name in _COUNTS:
+        if getattr(holder, name, None) == before:
+            setattr(holder, name, after)
 
 
 def save_model(
@@ -119,98 +126,127 @@ def save_model(
     max_shard_size: int = DEFAULT_SHARD_SIZE,
     overwrite: bool = False,
 ) -> Path:
-    """Write a loaded model as a stock checkpoint with the base's tensor names, dtypes and raw config, plus the plan's edits.
+    """Write a loaded model as a stock checkpoint: the base's tensor names, dtypes and raw config, edited by the plan.
 
     transformers' own ``save_pretrained`` drops MTP layers and rewrites config keys that other engines need. Here the
     tensors come from the model, MTP layers come from the base (cut by the plan), the config is the base's own text, and
     tokenizer and other files are copied.
 
     Args:
-        model: the loaded model, pruned by ``plan`` or not pruned at all.
+        model: the loaded model, pruned by :func:`prune_model` or not pruned at all.
         output: new folder, which appears whole or not at all.
         like: the base checkpoint the model came from.
-        plan: what :func:`prune_model` was given; None for a model that was not pruned.
+        plan: what :func:`prune_model` was given; the model remembers it.
         max_shard_size: bytes of tensors per file.
         overwrite: replace a folder that is not empty.
 
     Raises:
-        CheckpointError: a tensor of the base is missing from the model or has another shape.
+        CheckpointError: the tensors of the model and of the base are not the same, or have other shapes.
+        PlanError: another plan than the one the model was pruned by.
 
     Example:
-        >>> moeprune.save_model(model, "pruned", like="base", plan=plan)
+        >>> moeprune.save_model(model, "pruned", like="base")
     """
     base = open_checkpoint(like)
+    plan = _plan_of(model, plan)
     plan = check_plan(base, plan) if plan is not None else None
-    keep = keep_lists(plan) if plan else {layer: tuple(range(base.num_experts)) for layer in base.all_moe_layers}
-    expected = list(output_tensors(base, keep))
+    keep = keep_lists(plan) if plan else dict.fromkeys(base.all_moe_layers, tuple(range(base.num_experts)))
+    tensors = list(output_tensors(base, keep))
+    wanted = _check_tensors(model, base, tensors)
     check_output(base, output, overwrite=overwrite)
-    check_free_space(output, 2 * sum(tensor.nbytes for tensor in expected) + 64_000_000)
+    check_free_space(output, sum(tensor.nbytes for tensor in tensors) + 64_000_000)
     begin_work()
-    with output_folder(output, overwrite=overwrite) as staging, tempfile.TemporaryDirectory(dir=staging) as scratch:
-        tensors = _from_model(model, base, expected, Path(scratch))
-        write_shards(tensors, staging, base.shard_metadata, max_shard_size)
-        config = edit_json(base.config_text, plan.config_edits) if plan else base.config_text
-        (staging / "config.json").write_bytes(config.encode())
-        copy_other_files(base.path, staging)
+    with output_folder(output, overwrite=overwrite) as staging:
+        write_checkpoint(base, tensors, plan.config_edits if plan else {}, staging, max_shard_size)
+        _overwrite_tensors(model, wanted, open_checkpoint(staging).tensors)
         if plan is not None:
             (staging / PROVENANCE).mkdir()
             (staging / PROVENANCE / "plan.json").write_text(to_json(plan.to_dict()), encoding="utf-8")
     return Path(output)
 
 
-def _from_model(
-    model: PreTrainedModel, base: Checkpoint, expected: list[OutputTensor], scratch: Path
-) -> list[OutputTensor]:
-    """The expected tensors with their bytes taken from the model where it has them, else from the base."""
-    from safetensors import safe_open
-    from safetensors.torch import save_file
-
-    model.save_pretrained(scratch / "saved")  # undoes the stacking of experts: names as on disk
-    homes: dict[str, Path] = {}
-    for file in sorted((scratch / "saved").glob("*.safetensors")):
-        with safe_open(file, framework="pt") as shard:
-            homes |= dict.fromkeys(shard.keys(), file)
-    depth = int(base.config["num_hidden_layers"])
-    result = []
-    (scratch / "cast").mkdir()
-    for number, tensor in enumerate(expected):
-        if tensor.name not in homes:
-            if base.spec.role(tensor.name).layer < depth:
-                raise CheckpointError(f"the model has no tensor {tensor.name!r}, which {base.path.name} has")
-            result.append(tensor)  # MTP layers are not part of the loaded model
-            continue
-        with safe_open(homes[tensor.name], framework="pt") as shard:
-            value = shard.get_tensor(tensor.name)
-        if tuple(value.shape) != tensor.shape:
-            raise CheckpointError(
-                f"tensor {tensor.name!r} is {tuple(value.shape)} in the model and should be {tensor.shape}",
-                "was the model pruned with this plan?",
-            )
-        cast = scratch / "cast" / f"{number}.safetensors"
-        save_file({tensor.name: value.to(_torch_dtype(tensor)).contiguous()}, cast)
-        result.append(_only_tensor(tensor, cast))
-    return result
+def _plan_of(model: PreTrainedModel, given: PruningPlan | None) -> PruningPlan | None:
+    used: PruningPlan | None = getattr(model, PLAN_ATTRIBUTE, None)
+    if used is not None and given is not None and keep_lists(used) != keep_lists(given):
+        raise PlanError("the model was pruned by another plan", "leave plan out: the model remembers it")
+    return given if used is None else used
 
 
-def _only_tensor(tensor: OutputTensor, file: Path) -> OutputTensor:
-    from moeprune.checkpoint import read_header
+def _check_tensors(model: PreTrainedModel, base: Checkpoint, expected: Sequence[OutputTensor]) -> set[str]:
+    """The model must have the expected tensors and no others, MTP layers excepted; no value is looked at.
 
-    (entry,), _ = read_header(file)
-    segment = Segment(file=file, begin=entry.begin, end=entry.end)
-    return OutputTensor(name=tensor.name, dtype=tensor.dtype, shape=tensor.shape, segments=(segment,))
+    Returns:
+        The names on disk of the model's tensors.
+    """
+    state = model.state_dict()
+    for name, value in state.items():
+        if value.is_meta:
+            raise CheckpointError(f"tensor {name!r} is offloaded", "load the model without offloading to save it")
+    found = _named_as_on_disk(model, {name: value.to("meta") for name, value in state.items()})
+    wanted = set()
+    for tensor in expected:
+        if tensor.name in found:
+            _check_tensor(tensor, found[tensor.name])
+            wanted.add(tensor.name)
+        elif base.spec.role(tensor.name).layer not in base.mtp_layers:
+            raise CheckpointError(f"the model has no tensor {tensor.name!r}, which {base.path.name} has")
+    homes = Counter(value.data_ptr() for value in state.values())
+    tied = {name for name, value in state.items() if homes[value.data_ptr()] > 1}  # lm_head as the embedding
+    surplus = sorted(found.keys() - wanted - tied)
+    if surplus:
+        raise CheckpointError(
+            f"the model has a tensor {surplus[0]!r}, which {base.path.name} has not",
+            "was it pruned with this plan? merge adapters first",
+        )
+    return wanted
 
 
-def _torch_dtype(tensor: OutputTensor) -> torch.dtype:
+def _check_tensor(expected: OutputTensor, found: torch.Tensor) -> None:
+    if tuple(found.shape) != expected.shape:
+        raise CheckpointError(
+            f"tensor {expected.name!r} is {tuple(found.shape)} in the model and should be {expected.shape}",
+            "was the model pruned with this plan?",
+        )
+    if expected.dtype not in _dtypes():
+        raise CheckpointError(
+            f"tensor {expected.name!r} is stored as {expected.dtype}", "save_model writes unquantised checkpoints only"
+        )
+
+
+def _named_as_on_disk(model: PreTrainedModel, state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Undo the stacking of experts that transformers does when it loads a checkpoint."""
+    from transformers.core_model_loading import revert_weight_conversion
+
+    reverted: dict[str, torch.Tensor] = revert_weight_conversion(model, dict(state))
+    return reverted
+
+
+def _overwrite_tensors(model: PreTrainedModel, wanted: Set[str], entries: Mapping[str, TensorEntry]) -> None:
+    """Put the model's values in the place of the base's, layer by layer: a second copy of one layer is in memory."""
+    layers: dict[int, dict[str, torch.Tensor]] = defaultdict(dict)
+    for name, value in model.state_dict().items():
+        position = re.search(r"(?:^|\.)layers\.(\d+)\.", name)
+        layers[int(position[1]) if position else -1][name] = value
+    done: set[str] = set()
+    for layer in progress(sorted(layers), "saving", unit="layer"):
+        found = _named_as_on_disk(model, layers[layer])
+        for name in wanted & found.keys():
+            _overwrite(entries[name], found[name])
+            done.add(name)
+    if done != wanted:
+        raise CheckpointError(f"tensor {min(wanted - done)!r} could not be taken from the model")
+
+
+def _overwrite(entry: TensorEntry, value: torch.Tensor) -> None:
     import torch
 
-    names: Mapping[str, torch.dtype] = {
-        "F64": torch.float64,
-        "F32": torch.float32,
-        "F16": torch.float16,
-        "BF16": torch.bfloat16,
-    }
-    if tensor.dtype not in names:
-        raise CheckpointError(
-            f"tensor {tensor.name!r} is stored as {tensor.dtype}", "save_model writes unquantised checkpoints only"
-        )
-    return names[tensor.dtype]
+    raw = value.detach().to("cpu", _dtypes()[entry.dtype]).contiguous().reshape(-1).view(torch.uint8).numpy()
+    with entry.file.open("r+b") as handle:
+        handle.seek(entry.begin)
+        handle.write(raw.data)
+
+
+def _dtypes() -> dict[str, torch.dtype]:
+    import torch
+
+    return {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}

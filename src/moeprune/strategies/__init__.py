@@ -11,6 +11,8 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
+import numpy as np
+
 from moeprune.errors import StrategyError, nearest
 from moeprune.statistics import FloatArray, LayerStatistics
 from moeprune.strategies.interaction import gram, hope, hope_total
@@ -37,6 +39,20 @@ class Strategy:
     summary: str = ""
     paper: str = ""
     calibrated: bool = True
+
+    def __call__(self, stats: LayerStatistics) -> FloatArray:
+        """Scores [E] or drop costs [E, E] of one layer.
+
+        Raises:
+            StrategyError: a statistic is missing, or the criterion's values are not finite numbers of that shape.
+        """
+        values, experts = np.asarray(self.criterion(stats), dtype=np.float64), stats.num_experts
+        if values.shape not in {(experts,), (experts, experts)} or not np.isfinite(values).all():
+            raise StrategyError(
+                f"strategy {self.name!r}, layer {stats.layer}: {experts} experts need as many finite scores",
+                "a criterion returns scores [E], higher stays, or drop costs [E, E]",
+            )
+        return values
 
 
 _FAMILY = "2606.15716"
@@ -71,7 +87,7 @@ BUILTIN: Mapping[str, Strategy] = {
 }
 
 
-def resolve(strategy: str | Criterion) -> Strategy:
+def resolve(strategy: str | Criterion | Strategy) -> Strategy:
     """Find a strategy by name, or wrap a callable.
 
     ``S(b,alpha,beta)`` names any member of the saliency family.
@@ -79,11 +95,13 @@ def resolve(strategy: str | Criterion) -> Strategy:
     Raises:
         StrategyError: the name is unknown.
     """
+    if isinstance(strategy, Strategy):
+        return strategy
     if not isinstance(strategy, str):
         return Strategy(name=getattr(strategy, "__name__", type(strategy).__name__), criterion=strategy)
     if strategy in BUILTIN:
         return BUILTIN[strategy]
-    member = re.fullmatch(r"[sS]\(\s*([\d.]+)\s*,\s*(\d)\s*,\s*(\d)\s*\)", strategy)
+    member = re.fullmatch(r"[sS]\(\s*(\d+(?:\.\d+)?)\s*,\s*(\d)\s*,\s*(\d)\s*\)", strategy)
     if member:
         criterion = Saliency(float(member[1]), int(member[2]), int(member[3]))
         return Strategy(name=strategy, criterion=criterion, paper=_FAMILY)

@@ -26,5 +26,7 @@ def super_experts(statistics: RouterStatistics) -> dict[int, frozenset[int]]:
     threshold = max(float(np.percentile(peak_LE, 99.5)), float(peak_LE.max()) / 10)
     early = int(np.ceil(_EARLY * len(layers)))
     # >= because on a small model the percentile interpolates up to the largest value itself
+    if threshold <= 0:
+        return {}
     found = {layers[row]: frozenset(np.flatnonzero(peak_LE[row] >= threshold).tolist()) for row in range(early)}
     return {layer: experts for layer, experts in found.items() if experts}

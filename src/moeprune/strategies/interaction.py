@@ -8,6 +8,7 @@ from __future__ import annotations
 import numpy as np
 
 from moeprune.statistics import FloatArray, LayerStatistics
+from moeprune.strategies.saliency import mean
 
 
 def hope(stats: LayerStatistics) -> FloatArray:
@@ -15,7 +16,7 @@ def hope(stats: LayerStatistics) -> FloatArray:
 
     The paper relaxes the choice to a box and rounds; here the same objective is minimised over sets directly.
     """
-    return np.asarray(stats.pair_gated_norm / np.maximum(stats.pair_count, 1))
+    return mean(stats.pair_gated_norm, stats.pair_count)
 
 
 def hope_total(stats: LayerStatistics) -> FloatArray:

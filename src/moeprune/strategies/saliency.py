@@ -51,7 +51,12 @@ class Saliency:
     def __call__(self, stats: LayerStatistics) -> FloatArray:
         """Scores [E]; an expert that was never routed to scores 0."""
         total: FloatArray = getattr(stats, _SUMS[self.alpha, self.beta])
-        return total if self.b == 0 else np.asarray(total / np.maximum(stats.count, 1) ** self.b)
+        return total if self.b == 0 else mean(total, stats.count**self.b)
+
+
+def mean(total: FloatArray, count: FloatArray) -> FloatArray:
+    """Sums over counts, 0 where nothing was counted; a weighted count may lie between 0 and 1."""
+    return np.divide(total, count, out=np.zeros_like(total), where=count > 0)
 
 
 def random_control(stats: LayerStatistics) -> FloatArray:

@@ -1,0 +1,190 @@
+"""Options of the command line that several commands share, and how their text is read."""
+
+from __future__ import annotations
+
+import json
+from contextvars import ContextVar
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from moeprune import _files
+from moeprune.errors import ConfigError
+
+# --- every command --------------------------------------------------------------------------------------------------
+
+verbosity: ContextVar[int] = ContextVar("verbosity", default=0)  # how often -v was given
+
+
+def _set_quiet(value: bool) -> bool:
+    _files.quiet.set(value)
+    return value
+
+
+def _set_verbosity(value: int) -> int:
+    verbosity.set(value)
+    return value
+
+
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
+Quiet = Annotated[bool, typer.Option("-q", "--quiet", callback=_set_quiet, help="No progress and no notes.")]
+Verbose = Annotated[
+    int,
+    typer.Option(
+        "-v",
+        "--verbose",
+        count=True,
+        callback=_set_verbosity,
+        show_default=False,
+        metavar="",
+        help="-v: what caused an error; -vv: its traceback.",
+    ),
+]
+
+# --- files ----------------------------------------------------------------------------------------------------------
+
+Model = Annotated[str, typer.Argument(metavar="MODEL", help="Checkpoint folder or Hub id.")]
+Statistics = Annotated[Path, typer.Argument(metavar="STATISTICS", help="Statistics file.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an output that is not empty.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Check everything, say what would be written, write nothing.")]
+Revision = Annotated[str | None, typer.Option("--revision", metavar="REV", help="Branch, tag or commit on the Hub.")]
+ShardSize = Annotated[str, typer.Option("--max-shard-size", metavar="SIZE", help="Bytes per file: 5GB, 512MiB.")]
+OutputFile = Annotated[Path, typer.Option("-o", "--output", metavar="FILE", help="Where to write.")]
+OutputFolder = Annotated[
+    Path | None,
+    typer.Option("-o", "--output", metavar="DIR", help="The pruned checkpoint.  [default: ./<name>-<kept>of<E>]"),
+]
+ReportFolder = Annotated[
+    Path, typer.Option("-o", "--output", metavar="DIR", help="Folder of the report and of lm-eval's own output.")
+]
+
+# --- calibration ----------------------------------------------------------------------------------------------------
+
+Calibration = Annotated[
+    list[str],
+    typer.Option(
+        "--calibration",
+        metavar="[DOMAIN=]SOURCE",
+        help="Repeatable: .jsonl .json .parquet .txt, or org/name[/config][@split].",
+    ),
+]
+NumSamples = Annotated[int, typer.Option("--num-samples", metavar="N", help="Rows per source.")]
+MaxLength = Annotated[int, typer.Option("--max-length", metavar="N", help="Tokens per sequence.")]
+Shuffle = Annotated[bool, typer.Option("--shuffle", help="Draw rows with --seed instead of taking the first.")]
+Pack = Annotated[bool, typer.Option("--pack", help="Join rows into full sequences.")]
+BatchTokens = Annotated[int, typer.Option("--batch-tokens", metavar="N", help="Tokens per batch, padding included.")]
+Seed = Annotated[int, typer.Option("--seed", metavar="N", help="For everything that draws.")]
+Device = Annotated[
+    str | None, typer.Option("--device", metavar="DEVICE", help="cpu, cuda, cuda:1, or auto to spread over all.")
+]
+Dtype = Annotated[
+    str, typer.Option("--dtype", metavar="DTYPE", help="auto (the checkpoint's own), float32, bfloat16, float16.")
+]
+Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that comes with the model.")]
+
+# --- decisions ------------------------------------------------------------------------------------------------------
+
+Ratio = Annotated[
+    str | None, typer.Option("--ratio", metavar="R", help="Fraction of the experts of each layer to REMOVE.")
+]
+Keep = Annotated[int | None, typer.Option("--keep", metavar="N", help="Exact number of experts to keep in each layer.")]
+StrategyName = Annotated[str | None, typer.Option("--strategy", metavar="NAME", help="See `moeprune strategies`.")]
+Weights = Annotated[str, typer.Option("--weights", metavar="D=W,...", help="Domain weights: code=2,prose=1.")]
+Protect = Annotated[str, typer.Option("--protect", metavar="L:E,...", help="Experts that must stay, by layer.")]
+NoGuard = Annotated[bool, typer.Option("--no-guard", help="Let strategies drop super experts.")]
+Target = Annotated[
+    str, typer.Option("--target", metavar="ENGINES", help="Engines that must take the result: vllm,sglang,...")
+]
+RoundTo = Annotated[
+    int, typer.Option("--round-to", metavar="N", help="Make the kept count a multiple of this, rounding up.")
+]
+Mtp = Annotated[
+    str, typer.Option("--mtp", metavar="cut|drop", help="MTP layers: cut them like the last layer, or drop them.")
+]
+
+# --- evaluation -----------------------------------------------------------------------------------------------------
+
+Tasks = Annotated[str, typer.Option("--tasks", "--eval", metavar="A,B", help="lm-eval tasks or groups.")]
+IncludePath = Annotated[
+    Path | None, typer.Option("--include-path", "--include_path", metavar="DIR", help="Folder of more tasks.")
+]
+Backend = Annotated[str, typer.Option("--model", metavar="hf|vllm|sglang", help="What runs the models.")]
+ModelArgs = Annotated[
+    str, typer.Option("--model-args", "--model_args", metavar="K=V,...", help="Backend arguments, or a JSON object.")
+]
+BatchSize = Annotated[
+    int, typer.Option("--batch-size", "--batch_size", metavar="N", help="Fixed, the same for both models.")
+]
+Limit = Annotated[
+    int | None, typer.Option("--limit", metavar="N", help="First N questions of each task; no full benchmark.")
+]
+FewShot = Annotated[
+    int | None, typer.Option("--num-fewshot", "--num_fewshot", metavar="N", help="Examples before each question.")
+]
+ChatTemplate = Annotated[bool, typer.Option("--apply-chat-template", "--apply_chat_template", help="Ask as a chat.")]
+Margin = Annotated[float, typer.Option("--margin", metavar="POINTS", help="Loss that would be acceptable.")]
+FailOn = Annotated[str, typer.Option("--fail-on", metavar="loss", help="Exit with 3 when a task's verdict is a loss.")]
+
+# --- reading their text ---------------------------------------------------------------------------------------------
+
+
+def names(text: str) -> tuple[str, ...]:
+    """``a,b`` as ``("a", "b")``."""
+    return tuple(name.strip() for name in text.split(",") if name.strip())
+
+
+def pairs(text: str, option: str) -> dict[str, str]:
+    """``a=1,b=2`` as a dictionary.
+
+    Raises:
+        ConfigError: a part is not NAME=VALUE.
+    """
+    found = {}
+    for item in names(text):
+        key, equals, value = item.partition("=")
+        if not equals or not key or not value:
+            raise ConfigError(f"{option}: {item!r} is not NAME=VALUE", "write several as a=1,b=2")
+        found[key] = value
+    return found
+
+
+def weights_of(text: str) -> dict[str, float] | None:
+    """Domain weights.
+
+    Raises:
+        ConfigError: a weight is not a number.
+    """
+    try:
+        return {name: float(value) for name, value in pairs(text, "--weights").items()} or None
+    except ValueError:
+        raise ConfigError(f"--weights {text!r}: a weight is not a number", "write it as code=2,prose=1") from None
+
+
+def protected_of(text: str) -> dict[int, frozenset[int]] | None:
+    """Protected experts by layer.
+
+    Raises:
+        ConfigError: a part is not LAYER:EXPERT.
+    """
+    layers: dict[int, set[int]] = {}
+    for item in names(text):
+        layer, _, expert = item.partition(":")
+        if not (layer.isdecimal() and expert.isdecimal()):
+            raise ConfigError(f"--protect: {item!r} is not LAYER:EXPERT", "write it as 0:17,3:5")
+        layers.setdefault(int(layer), set()).add(int(expert))
+    return {layer: frozenset(experts) for layer, experts in layers.items()} or None
+
+
+def model_args_of(text: str) -> dict[str, Any]:
+    """Arguments of lm-eval's model class.
+
+    Raises:
+        ConfigError: neither ``k=v,...`` nor a JSON object.
+    """
+    if not text.lstrip().startswith("{"):
+        return dict(pairs(text, "--model-args"))
+    try:
+        return dict(json.loads(text))
+    except ValueError as error:
+        raise ConfigError(f"--model-args is not valid JSON: {error}", "or write it as k=v,...") from error

@@ -1,0 +1,246 @@
+"""What the command line prints: results on stdout, everything else on stderr."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from moeprune import _files
+
+if TYPE_CHECKING:
+    from moeprune.checkpoint import Checkpoint
+    from moeprune.evaluation.compare import EvalReport
+    from moeprune.oneshot import PruneResult
+    from moeprune.plans import PruningPlan
+    from moeprune.rewrite.verify import Verification
+    from moeprune.statistics import RouterStatistics
+
+
+def print_json(value: Mapping[str, Any]) -> None:
+    """One JSON object on stdout."""
+    sys.stdout.write(_files.to_json(value))
+
+
+def show(text: str) -> None:
+    """A result on stdout."""
+    sys.stdout.write(f"{text}\n")
+
+
+def say(text: str) -> None:
+    """A line on stderr."""
+    sys.stderr.write(f"{text}\n")
+
+
+def say_notes(notes: Iterable[str]) -> None:
+    """Warnings and remarks on stderr, unless the user asked for quiet."""
+    if not _files.quiet.get():
+        for note in notes:
+            say(f"note: {note}")
+
+
+# --- plans ----------------------------------------------------------------------------------------------------------
+
+
+def render_plan(plan: PruningPlan, *, measured: bool = True) -> str:
+    """What a plan decides and means, for people; ``measured`` adds what only the statistics could tell."""
+    layers = f"{len(plan.layers)} layer{'s' * (len(plan.layers) != 1)}"
+    lines = [f"{plan.strategy.get('name', 'by hand')}: keep {plan.kept} of {plan.budget.get('of')} experts in {layers}"]
+    size = plan.size.get("bytes")
+    if size:
+        before, after = (_files.human_bytes(size[when]) for when in ("before", "after"))
+        lines.append(f"size: {before} -> {after} (-{100 * (1 - size['after'] / size['before']):.0f} %)")
+    parameters = plan.size.get("parameters")
+    if parameters:
+        lines.append(f"parameters: {parameters['before']:,} -> {parameters['after']:,}")
+    protected = sum(map(len, plan.strategy.get("protected", {}).values())) if measured else 0
+    if protected:
+        lines.append(f"protected: {protected} expert{'s' * (protected != 1)}")
+    if plan.coverage and measured:
+        shares = ", ".join(f"{domain} {100 * share:.0f} %" for domain, share in plan.coverage.items())
+        lines.append(f"expert output kept, by norm: {shares}")
+    return "\n".join(lines + _engines(plan.engines))
+
+
+def _engines(engines: Mapping[str, Sequence[str]]) -> list[str]:
+    takers = [engine for engine, reasons in engines.items() if not reasons]
+    return [f"loads in: {', '.join(takers) or 'no known engine'}"] + [
+        f"not in {engine}: {'; '.join(reasons)}" for engine, reasons in engines.items() if reasons
+    ]
+
+
+def print_plan(plan: PruningPlan, output: Path | None, *, as_json: bool) -> None:
+    """A plan, and where it was written."""
+    if as_json:
+        print_json(plan.to_dict())
+    else:
+        show(f"{render_plan(plan)}\n{f'plan: {output}' if output else 'dry run: nothing was written'}")
+
+
+def print_applied(plan: PruningPlan, output: Path, *, dry_run: bool, as_json: bool) -> None:
+    """What was made of a plan."""
+    if as_json:
+        print_json({"output": str(output), "written": not dry_run} | _outlook(plan))
+    else:
+        # a person may have edited the keep-lists since they were measured
+        show(f"{render_plan(plan, measured=False)}\n{_written(output, dry_run=dry_run)}")
+
+
+def _written(output: Path, *, dry_run: bool) -> str:
+    return f"dry run: nothing was written to {output}" if dry_run else f"checkpoint: {output}"
+
+
+def _outlook(plan: PruningPlan) -> dict[str, Any]:
+    """The part of a plan that is already true before its experts are chosen."""
+    return {key: plan.to_dict()[key] for key in ("budget", "strategy", "size", "engines", "notes", "config_edits")}
+
+
+# --- checkpoints and statistics -------------------------------------------------------------------------------------
+
+
+def print_proof(proof: Verification, *, as_json: bool) -> None:
+    """What was proved."""
+    if as_json:
+        print_json(_proof_object(proof))
+        return
+    size = _files.human_bytes(proof.nbytes)
+    show(f"verified: {proof.tensors} tensors ({size}) and {proof.files} other files equal the source")
+
+
+def _proof_object(proof: Verification) -> dict[str, Any]:
+    return {"tensors": proof.tensors, "bytes": proof.nbytes, "files": proof.files}
+
+
+def print_statistics(output: Path, statistics: RouterStatistics, *, as_json: bool) -> None:
+    """What a statistics file holds."""
+    facts = {
+        "output": str(output),
+        "tokens": statistics.tokens,
+        "domains": list(statistics.domains),
+        "layers": list(statistics.layers),
+        "experts": statistics.num_experts,
+    }
+    if as_json:
+        print_json(facts)
+        return
+    domains = f" ({', '.join(statistics.domains)})" if statistics.domains else ""
+    layers = f"{len(statistics.layers)} layers of {statistics.num_experts} experts"
+    show(f"{statistics.tokens:,} tokens{domains} through {layers}\nstatistics: {output}")
+
+
+def print_checkpoint(checkpoint: Checkpoint, *, as_json: bool) -> None:
+    """What a checkpoint is."""
+    from moeprune.planner import ranges
+
+    shape = checkpoint.router
+    facts = {
+        "path": str(checkpoint.path),
+        "model_type": checkpoint.spec.model_type,
+        "moe_layers": list(checkpoint.moe_layers),
+        "mtp_layers": list(checkpoint.mtp_layers),
+        "experts": shape.num_experts,
+        "top_k": shape.top_k,
+        "n_group": shape.n_group,
+        "topk_group": shape.topk_group,
+        "smallest_keep": shape.smallest(),
+        "tensors": len(checkpoint.tensors),
+        "bytes": checkpoint.nbytes,
+        "fingerprint": checkpoint.fingerprint,
+    }
+    if as_json:
+        print_json(facts)
+        return
+    groups = f" in {shape.n_group} groups, {shape.topk_group} of them per token" if shape.n_group > 1 else ""
+    step = f" in steps of {shape.n_group}" if shape.n_group > 1 else ""
+    shown = {
+        "path": checkpoint.path,
+        "architecture": checkpoint.spec.model_type,
+        "MoE layers": ranges(checkpoint.moe_layers),
+        "MTP layers": ranges(checkpoint.mtp_layers),
+        "experts": f"{shape.num_experts} per layer{groups}, top-{shape.top_k}",
+        "can keep": f"{shape.smallest()} to {shape.num_experts - shape.n_group}{step}",
+        "size": f"{_files.human_bytes(checkpoint.nbytes)} in {len(checkpoint.tensors):,} tensors",
+        "fingerprint": checkpoint.fingerprint,
+    }
+    show("\n".join(f"{name:<13} {value}" for name, value in shown.items()))
+
+
+# --- reports --------------------------------------------------------------------------------------------------------
+
+
+def print_report(report: EvalReport, output: Path | None, *, as_json: bool) -> None:
+    """The comparison, one row per task."""
+    from moeprune.evaluation.report import render_table
+
+    if as_json:
+        print_json(report.payload())
+    else:
+        show(render_table(report) + (f"report: {output / 'report.md'}" if output else ""))
+
+
+def print_pruned(result: PruneResult, *, as_json: bool) -> None:
+    """All that a one-shot run made."""
+    if as_json:
+        print_json(_pruned_object(result))
+        return
+    dry_run = result.verification is None
+    show(render_plan(result.plan))
+    if result.verification is not None:
+        print_proof(result.verification, as_json=False)
+    if result.report is not None:
+        show("")
+        print_report(result.report, None, as_json=False)
+    show(_written(result.output, dry_run=dry_run))
+    if result.report is not None:
+        show(f"report: {result.output / 'moeprune' / 'report' / 'report.md'}")
+
+
+def _pruned_object(result: PruneResult) -> dict[str, Any]:
+    dry_run = result.verification is None
+    return {
+        "output": str(result.output),
+        "written": not dry_run,
+        # which experts stay is not known yet in a dry run: its plan must not be mistaken for one
+        "plan": _outlook(result.plan) if dry_run else result.plan.to_dict(),
+        "verification": _proof_object(result.verification) if result.verification else None,
+        "report": result.report.payload() if result.report is not None else None,
+    }
+
+
+# --- lists ----------------------------------------------------------------------------------------------------------
+
+
+def print_strategies(*, as_json: bool) -> None:
+    """The strategies by name."""
+    from moeprune.strategies import BUILTIN, DEFAULT
+
+    if as_json:
+        print_json(
+            {
+                name: {
+                    "summary": item.summary,
+                    "paper": item.paper,
+                    "calibrated": item.calibrated,
+                    "default": name == DEFAULT,
+                }
+                for name, item in BUILTIN.items()
+            }
+        )
+        return
+    for name, item in BUILTIN.items():
+        paper = f" (arXiv:{item.paper})" if item.paper else ""
+        marks = "  [default]" * (name == DEFAULT) + "  [needs no calibration]" * (not item.calibrated)
+        show(f"{name:<14} {item.summary}{paper}{marks}")
+    show(f"{'S(b,alpha,beta)':<14} any member of the saliency family: S(1,1,1) is reap")
+
+
+def print_architectures(*, as_json: bool) -> None:
+    """The architectures by model_type, with the engines that load them."""
+    from moeprune.architectures import ARCHITECTURES
+
+    engines = {name: list(spec.engines) for name, spec in ARCHITECTURES.items()}
+    if as_json:
+        print_json({name: {"engines": loaders} for name, loaders in engines.items()})
+    else:
+        show("\n".join(f"{name:<14} {', '.join(loaders)}" for name, loaders in engines.items()))

@@ -1,0 +1,108 @@
+"""Options of the stages as callers give them: read, checked and handed to the stages that know them."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from moeprune.calibration import CalibrationSet, check_vocabulary, load_calibration
+from moeprune.checkpoint import Checkpoint
+from moeprune.errors import ConfigError, nearest
+from moeprune.evaluation.settings import EvalSettings
+from moeprune.plans import Budget
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CalibrationOptions:
+    """How calibration data is read and run.
+
+    Attributes:
+        sources: ``[DOMAIN=]SOURCE`` each, see :func:`moeprune.calibration.load_calibration`.
+        num_samples: rows per source; max_length: tokens per sequence.
+        shuffle: draw rows with ``seed`` instead of taking the first; pack: join rows into full sequences.
+        batch_tokens: tokens per batch, padding included.
+        device, dtype: where and in what the model runs; ``auto`` is the checkpoint's own dtype.
+        trust_remote_code: run code that comes with the checkpoint.
+    """
+
+    sources: tuple[str, ...] = ()
+    num_samples: int = 512
+    max_length: int = 2048
+    shuffle: bool = False
+    pack: bool = False
+    batch_tokens: int = 8192
+    seed: int = 0
+    device: str | None = None
+    dtype: str = "auto"
+    trust_remote_code: bool = False
+
+    def load(self, checkpoint: Checkpoint) -> CalibrationSet:
+        """Read and tokenise the sources."""
+        if self.batch_tokens < 1:
+            raise ConfigError("--batch-tokens must be at least 1", "the default is 8192")
+        data = load_calibration(
+            self.sources,
+            checkpoint.path,
+            num_samples=self.num_samples,
+            max_length=self.max_length,
+            shuffle=self.shuffle,
+            pack=self.pack,
+            seed=self.seed,
+            trust_remote_code=self.trust_remote_code,
+        )
+        if isinstance(checkpoint.config.get("vocab_size"), int):
+            check_vocabulary(data, checkpoint.config["vocab_size"])
+        return data
+
+    def canonical(self) -> dict[str, Any]:
+        """The options that decide the statistics, file names without their folders."""
+        options = dataclasses.asdict(self)
+        del options["device"], options["trust_remote_code"], options["sources"]  # sources are in the provenance
+        return {"stage": "collect"} | options
+
+
+# Fields that the stages' own parameters fill.
+_OWN_PARAMETERS = {"sources", "budget", "strategy", "tasks"}
+
+
+def several(value: Sequence[str] | str) -> tuple[str, ...]:
+    """One name or many, as a tuple."""
+    return (value,) if isinstance(value, str) else tuple(value)
+
+
+def by_stage(options: Mapping[str, Any], *stages: type[Any]) -> list[dict[str, Any]]:
+    """Options by the stages that have a field of that name.
+
+    Raises:
+        ConfigError: no stage has it.
+    """
+    fields = [{item.name for item in dataclasses.fields(stage)} - _OWN_PARAMETERS for stage in stages]
+    known: set[str] = set().union(*fields)
+    for name in options:
+        if name not in known:
+            raise ConfigError(f"unknown option {name!r}", nearest(name, known))
+    return [{name: value for name, value in options.items() if name in own} for own in fields]
+
+
+def budget_of(ratio: float | str | None, keep: int | None, round_to: int) -> Budget:
+    """A budget; a ratio as text, so that 0.3 means three tenths."""
+    return Budget(ratio=None if ratio is None else str(ratio), keep=keep, round_to=round_to)
+
+
+def eval_settings(tasks: tuple[str, ...], options: Mapping[str, Any]) -> EvalSettings:
+    """How to evaluate, from loose options."""
+    [given] = by_stage(options, EvalSettings)
+    folder = given.pop("include_path", None)
+    return EvalSettings(tasks=tasks, include_path=Path(folder) if folder else None, **given)
+
+
+def check_margin(margin: float) -> None:
+    """Refuse a margin that is no number of points."""
+    if not 0 <= margin < math.inf:
+        raise ConfigError(
+            f"--margin must be at least 0, not {margin}", "it is the loss in points that you would accept"
+        )

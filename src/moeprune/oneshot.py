@@ -1,0 +1,171 @@
+"""All stages in order, on a model of the user's or on the bundled one."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from moeprune._files import PathLike
+from moeprune._options import CalibrationOptions, budget_of, by_stage, check_margin, eval_settings, several
+from moeprune.calibration import CalibrationSet
+from moeprune.checkpoint import Checkpoint, open_checkpoint
+from moeprune.errors import ConfigError, EvaluationError
+from moeprune.evaluation.harness import preflight
+from moeprune.evaluation.settings import EvalSettings
+from moeprune.pipeline import BUNDLED, check_space, collect_from, default_output, evaluate_checkpoints
+from moeprune.planner import Decisions, check_decisions, make_plan, preview
+from moeprune.plans import PruningPlan
+from moeprune.rewrite.drop import DEFAULT_SHARD_SIZE, PROVENANCE, apply_drop, check_output
+from moeprune.rewrite.verify import verify_drop
+from moeprune.statistics import RouterStatistics
+from moeprune.strategies import DEFAULT, Criterion, resolve
+
+if TYPE_CHECKING:
+    from moeprune.evaluation.compare import EvalReport
+    from moeprune.rewrite.verify import Verification
+
+BUNDLED_TASKS = ("tiny",)
+BUNDLED_LIMIT = 200  # questions per bundled task, so that a first look takes minutes
+_NEED_TASKS = ("include_path", "limit", "num_fewshot", "apply_chat_template")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PruneResult:
+    """What a one-shot run made; a dry run makes a preview of the plan and nothing else."""
+
+    output: Path
+    plan: PruningPlan
+    statistics: RouterStatistics | None = None
+    verification: Verification | None = None
+    report: EvalReport | None = None
+
+
+def prune(
+    model: PathLike | None = None,
+    output: PathLike | None = None,
+    *,
+    ratio: float | str | None = None,
+    keep: int | None = None,
+    calibration: Sequence[str] | str = (),
+    strategy: str | Criterion = DEFAULT,
+    tasks: Sequence[str] | str = (),
+    margin: float = 1.0,
+    round_to: int = 1,
+    max_shard_size: int = DEFAULT_SHARD_SIZE,
+    revision: str | None = None,
+    overwrite: bool = False,
+    dry_run: bool = False,
+    **options: Any,
+) -> PruneResult:
+    """Collect, plan, apply, verify and, with tasks, evaluate. Everything that can be refused is refused first.
+
+    Args:
+        model: folder or Hub id; left out, the bundled model with its calibration text and its tasks.
+        output: folder of the pruned checkpoint; by default ``./<name>-<kept>of<E>``.
+        ratio: fraction of the routed experts of each layer to remove; or
+        keep: exact number that stays.
+        calibration: ``[DOMAIN=]SOURCE`` each.
+        strategy: name or callable.
+        tasks: lm-eval tasks; none means no evaluation.
+        margin: acceptable loss in points.
+        round_to: make the kept count a multiple of this.
+        max_shard_size: bytes of tensors per file.
+        revision: of a Hub model.
+        overwrite: replace a folder that is not empty.
+        dry_run: check everything, preview the size and the engines, and run nothing.
+        options: other fields of :class:`moeprune._options.CalibrationOptions`,
+            :class:`moeprune.planner.Decisions` and :class:`moeprune.evaluation.settings.EvalSettings`; what several
+            have, such as ``seed`` and ``device``, holds for all of them.
+
+    Raises:
+        MoePruneError: anything that the stages refuse.
+
+    Example:
+        >>> result = moeprune.prune("base", "pruned", ratio=0.5, calibration="data.jsonl", tasks="arc_easy")
+        >>> result.report.tasks[0].change
+    """
+    sources, names = several(calibration), several(tasks)
+    check_margin(margin)
+    _check_evaluated(names, options, bundled=model is None)
+    if model is None:
+        model, sources, names, options = _bundled(sources, names, options)
+    calibrated, decided, evaluated = by_stage(options, CalibrationOptions, Decisions, EvalSettings)
+    wanted = Decisions(budget=budget_of(ratio, keep, round_to), strategy=strategy, **decided)
+    checkpoint = open_checkpoint(model, revision=revision)
+    kept = wanted.budget.kept(checkpoint.router)
+    target = Path(output) if output else default_output(model, kept, checkpoint.num_experts)
+    check_output(checkpoint, target, overwrite=overwrite)
+    look = preview(checkpoint, wanted)
+    check_space(checkpoint, look, target)
+    settings = CalibrationOptions(sources=sources, **calibrated)
+    data = _load(checkpoint, settings, wanted)
+    evaluation = _preflight(names, evaluated, checkpoint) if names else None
+    if dry_run:
+        return PruneResult(output=target, plan=look)
+    statistics = collect_from(checkpoint, settings, data)
+    made = make_plan(checkpoint, statistics, wanted)
+    apply_drop(checkpoint, made, target, max_shard_size=max_shard_size, overwrite=overwrite, extra=_records(statistics))
+    result = PruneResult(output=target, plan=made, statistics=statistics, verification=verify_drop(checkpoint, target))
+    return _evaluated(result, checkpoint, evaluation, margin) if evaluation else result
+
+
+def _load(checkpoint: Checkpoint, settings: CalibrationOptions, wanted: Decisions) -> CalibrationSet | None:
+    """The calibration data, when there is any; a strategy that needs it gets none of ours in its place."""
+    strategy = resolve(wanted.strategy)
+    if strategy.calibrated and not settings.sources:
+        raise ConfigError(f"strategy {strategy.name!r} needs calibration data", "pass --calibration data.jsonl")
+    data = settings.load(checkpoint) if settings.sources else None
+    check_decisions(checkpoint, wanted, domains=sorted(set(data.domains)) if data else ())
+    return data
+
+
+def _evaluated(result: PruneResult, base: Checkpoint, settings: EvalSettings, margin: float) -> PruneResult:
+    """Evaluate a checkpoint that was written."""
+    report_folder = result.output / PROVENANCE / "report"
+    try:
+        report = evaluate_checkpoints(base, open_checkpoint(result.output), settings, report_folder, margin=margin)
+    except EvaluationError as error:
+        hint = f"the checkpoint {result.output} is complete: try again with `moeprune eval`"
+        raise EvaluationError(error.message, "; ".join(filter(None, (error.hint, hint)))) from error
+    return dataclasses.replace(result, report=report)
+
+
+def _records(statistics: RouterStatistics) -> dict[str, bytes]:
+    """The statistics file, to lie beside the plan inside the checkpoint."""
+    return {"statistics.safetensors": statistics.to_bytes()} if statistics.tokens else {}
+
+
+# --- options of a stage that may not run -----------------------------------------------------------------------------
+
+
+def _preflight(names: tuple[str, ...], options: Mapping[str, Any], base: Checkpoint) -> EvalSettings:
+    """Check that every task can be run, before anything else is."""
+    settings = eval_settings(names, options)
+    preflight(settings, base.path)
+    return settings
+
+
+def _check_evaluated(tasks: tuple[str, ...], options: Mapping[str, Any], *, bundled: bool) -> None:
+    """Refuse options that would silently do nothing."""
+    idle = [name for name in _NEED_TASKS if options.get(name) not in (None, False)]
+    idle = [name for name in idle if not bundled or name == "include_path"]
+    if idle and not tasks:
+        option = f"--{idle[0].replace('_', '-')}"
+        raise ConfigError(f"{option} says how to evaluate, and no task is named", "name tasks with --eval")
+
+
+def _bundled(
+    sources: tuple[str, ...], tasks: tuple[str, ...], options: Mapping[str, Any]
+) -> tuple[Path, tuple[str, ...], tuple[str, ...], dict[str, Any]]:
+    """The bundled model, and the bundled calibration text, tasks and limit where the user gave none."""
+    given = {name: value for name, value in options.items() if value is not None}
+    ours = {"include_path": BUNDLED / "tasks"} | ({} if tasks else {"limit": BUNDLED_LIMIT})
+    return (
+        BUNDLED / "model",
+        sources or (str(BUNDLED / "calibration.jsonl"),),
+        tasks or BUNDLED_TASKS,
+        ours | given,
+    )

@@ -1,0 +1,369 @@
+"""Statistics, a strategy and a budget to a plan, on checkpoints written without torch."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+from safetensors.numpy import save_file
+
+from moeprune.checkpoint import Checkpoint, open_checkpoint
+from moeprune.errors import ConfigError, PlanError, StaleArtifactError, StrategyError
+from moeprune.planner import (
+    RARE,
+    Decisions,
+    coverage_warnings,
+    derive,
+    engine_verdicts,
+    make_plan,
+    preview,
+)
+from moeprune.plans import Budget, LayerPlan
+from moeprune.rewrite.drop import apply_drop
+from moeprune.statistics import STATISTICS, RouterStatistics
+
+E, TOP_K, HIDDEN = 16, 2, 4
+QWEN = {"model_type": "qwen3_moe", "num_experts": E, "num_experts_per_tok": TOP_K}
+_ROUTED = {"n_routed_experts": E, "num_experts_per_tok": TOP_K, "num_nextn_predict_layers": 1}
+GLM = _ROUTED | {"model_type": "glm4_moe", "n_group": 1, "topk_group": 1}
+GROUPED = _ROUTED | {"model_type": "deepseek_v3", "n_group": 4, "topk_group": 2}
+
+
+def write_checkpoint(
+    folder: Path, config: Mapping[str, Any], *, mtp: bool = True, dtype: str = "float32", scales: bool = False
+) -> Checkpoint:
+    """Two MoE layers and, where the config announces one, an MTP layer."""
+    folder.mkdir(parents=True)
+    experts, depth = config.get("num_experts", config.get("n_routed_experts")), 2
+    layers = range(depth + (config.get("num_nextn_predict_layers", 0) if mtp else 0))
+    tensors = {"model.embed_tokens.weight": np.ones((8, HIDDEN), dtype)}
+    for layer in layers:
+        block = f"model.layers.{layer}.mlp"
+        tensors[f"{block}.gate.weight"] = np.full((experts, HIDDEN), layer, dtype)
+        if config["model_type"] != "qwen3_moe":
+            tensors[f"{block}.gate.e_score_correction_bias"] = np.zeros(experts, dtype)
+        for expert in range(experts):
+            for part in ("gate_proj", "up_proj", "down_proj"):
+                tensors[f"{block}.experts.{expert}.{part}.weight"] = np.full((3, HIDDEN), expert, dtype)
+                if scales:
+                    tensors[f"{block}.experts.{expert}.{part}.weight_scale_inv"] = np.ones((1, 1), np.float32)
+    save_file(tensors, folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps({"num_hidden_layers": depth} | config))
+    return open_checkpoint(folder)
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> Checkpoint:
+    """A Qwen3-MoE of two layers of 16 experts."""
+    return write_checkpoint(tmp_path / "base", QWEN)
+
+
+@pytest.fixture
+def with_mtp(tmp_path: Path) -> Checkpoint:
+    """A GLM-4-MoE with an MTP layer."""
+    return write_checkpoint(tmp_path / "glm", GLM)
+
+
+def statistics_of(
+    checkpoint: Checkpoint, *, domains: tuple[str, ...] = ("default",), samples: int = 0, **given: NDArray[Any]
+) -> RouterStatistics:
+    """Statistics in which expert e is routed to 100 (e + 1) times; arrays [domains, E] replace what is given."""
+    shape = (len(domains), E)
+    steps = np.broadcast_to(100.0 * (1 + np.arange(E)), shape)
+    values: dict[str, NDArray[Any]] = {
+        name: np.zeros((len(domains), *statistic.shape(E)), np.int64 if statistic.integer else np.float64)
+        for name, statistic in STATISTICS.items()
+    }
+    values |= {"count": steps.astype(np.int64), "gated_norm_sum": steps, "max_abs_down": steps} | given
+    values["tokens"] = values["count"].sum(axis=1) // TOP_K
+    return RouterStatistics(
+        domains=domains,
+        num_experts=E,
+        top_k=TOP_K,
+        layers=dict.fromkeys(checkpoint.moe_layers, values),
+        command={"stage": "collect"},
+        inputs={"model": checkpoint.fingerprint, "calibration": "c"},
+        provenance=[{"sequences": samples}] if samples else [],
+    )
+
+
+def wanted(keep: int = 8, **changes: Any) -> Decisions:
+    """A count to keep, by frequency."""
+    return Decisions(**{"budget": Budget(keep=keep), "strategy": "frequency"} | changes)
+
+
+# --- what stays -----------------------------------------------------------------------------------------------------
+
+
+def test_the_best_stay_in_every_layer(checkpoint: Checkpoint) -> None:
+    """The most frequent experts stay, the scores of all are in the plan, and it names what decided."""
+    plan = make_plan(checkpoint, statistics_of(checkpoint), wanted())
+    assert {layer: decision.keep for layer, decision in plan.layers.items()} == dict.fromkeys(
+        (0, 1), tuple(range(8, E))
+    )
+    assert plan.layers[0].scores == tuple(100.0 * (1 + np.arange(E)))
+    assert plan.inputs == {"model": checkpoint.fingerprint, "calibration": "c"}
+    assert plan.config_edits == {"num_experts": 8}
+    assert plan.command == {
+        "stage": "plan",
+        "strategy": "frequency",
+        "keep": 8,
+        "guard": True,
+        "mtp": "cut",
+        "target": [],
+        "seed": 0,
+    }
+
+
+def test_groups_keep_equal_counts(tmp_path: Path) -> None:
+    """With a group-limited router the best of each group stay, however good another group is."""
+    checkpoint = write_checkpoint(tmp_path / "base", GROUPED)
+    plan = make_plan(checkpoint, statistics_of(checkpoint), wanted())
+    assert plan.layers[0].keep == (2, 3, 6, 7, 10, 11, 14, 15)
+
+
+def test_protected_experts_stay(checkpoint: Checkpoint) -> None:
+    """An expert that the user protects stays in its layer only, and the plan says so."""
+    plan = make_plan(checkpoint, statistics_of(checkpoint), wanted(protect={1: frozenset({0})}, guard=False))
+    assert plan.layers[0].keep == tuple(range(8, E))
+    assert plan.layers[1].keep == (0, *range(9, E))
+    assert plan.strategy["protected"] == {"1": [0]}
+    assert plan.command["protect"] == ["1:0"]
+
+
+@pytest.mark.parametrize(("guard", "stays"), [(True, True), (False, False)])
+def test_super_experts_stay_unless_the_guard_is_off(checkpoint: Checkpoint, guard: bool, stays: bool) -> None:
+    """An expert with a massive output stays whatever its score, for every strategy."""
+    peaks = np.ones((1, E))
+    peaks[0, 2] = 1000.0
+    plan = make_plan(checkpoint, statistics_of(checkpoint, max_abs_down=peaks), wanted(guard=guard))
+    assert (2 in plan.layers[0].keep) is stays
+    assert plan.kept == 8
+
+
+def test_domain_weights_decide(checkpoint: Checkpoint) -> None:
+    """A domain with weight 0 has no say, and one that is not there is refused with its neighbour."""
+    rising = 100 * (1 + np.arange(E))
+    statistics = statistics_of(checkpoint, domains=("code", "prose"), count=np.stack([rising, rising[::-1]]))
+    plan = make_plan(checkpoint, statistics, wanted(weights={"code": 0.0}, guard=False))
+    assert plan.layers[0].keep == tuple(range(8))
+    assert plan.command["weights"] == {"code": 0.0}
+    with pytest.raises(ConfigError, match="'prosa'"):
+        make_plan(checkpoint, statistics, wanted(weights={"prosa": 1.0}))
+
+
+def test_equal_inputs_give_equal_plans(checkpoint: Checkpoint) -> None:
+    """The same seed gives the same plan, another seed another one."""
+    statistics = statistics_of(checkpoint)
+    plans = [make_plan(checkpoint, statistics, wanted(strategy="random", seed=seed)).to_dict() for seed in (1, 1, 2)]
+    assert plans[0] == plans[1]
+    assert plans[0]["layers"] != plans[2]["layers"]
+
+
+# --- what is refused ------------------------------------------------------------------------------------------------
+
+
+def test_too_many_protected_experts_are_refused(checkpoint: Checkpoint) -> None:
+    """Protecting more than may stay is an error that names the layer, before calibration already."""
+    many = wanted(protect={1: frozenset(range(9))}, guard=False)
+    with pytest.raises(PlanError, match="layer 1: there are 9 protected experts and only 8 may stay"):
+        make_plan(checkpoint, statistics_of(checkpoint), many)
+    with pytest.raises(PlanError, match="layer 1"):
+        preview(checkpoint, many)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"protect": {7: frozenset({0})}}, "layer 7, which has no routed experts"),
+        ({"protect": {0: frozenset({E})}}, f"expert {E} of {E} in layer 0"),
+        ({"mtp": "copy"}, "--mtp must be cut or drop"),
+        ({"target": ("vlm",)}, "unknown engine 'vlm'"),
+        ({"budget": Budget(ratio="0.5", keep=8)}, "exactly one of --ratio and --keep"),
+        ({"budget": Budget(keep=8, round_to=0)}, "--round-to"),
+    ],
+)
+def test_options_that_cannot_work_are_refused(checkpoint: Checkpoint, changes: dict[str, Any], message: str) -> None:
+    """Each wrong option is an error that names it."""
+    with pytest.raises(ConfigError, match=message):
+        make_plan(checkpoint, statistics_of(checkpoint), wanted(**changes))
+
+
+def test_statistics_of_another_model_are_refused(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    """Statistics are bound to a model by its fingerprint; the hint depends on how they were made."""
+    other = write_checkpoint(tmp_path / "other", QWEN | {"rope_theta": 5.0})
+    with pytest.raises(StaleArtifactError, match="another model than base") as caught:
+        make_plan(checkpoint, statistics_of(other), wanted())
+    assert "collect them" in caught.value.hint
+    unbound = dataclasses.replace(statistics_of(checkpoint), inputs={"model": ""})
+    with pytest.raises(StaleArtifactError) as caught:
+        make_plan(checkpoint, unbound, wanted())
+    assert "like=" in caught.value.hint
+
+
+def test_statistics_without_a_layer_are_refused(checkpoint: Checkpoint) -> None:
+    """A layer that was not observed cannot be planned."""
+    whole = statistics_of(checkpoint)
+    with pytest.raises(StaleArtifactError, match=r"lack layers \[1\]"):
+        make_plan(checkpoint, dataclasses.replace(whole, layers={0: whole.layers[0]}), wanted())
+
+
+def test_statistics_of_no_data_serve_only_strategies_without_need(checkpoint: Checkpoint) -> None:
+    """`frequency` cannot plan from nothing, `random` can and says that no super expert was protected."""
+    nothing = RouterStatistics.empty(checkpoint.moe_layers, num_experts=E, top_k=TOP_K, model=checkpoint.fingerprint)
+    with pytest.raises(StrategyError, match="count"):
+        make_plan(checkpoint, nothing, wanted())
+    plan = make_plan(checkpoint, nothing, wanted(strategy="random"))
+    assert any("super experts could not be protected" in note for note in plan.notes)
+
+
+# --- MTP layers and engines -----------------------------------------------------------------------------------------
+
+
+def test_mtp_layers_take_the_last_keep_list(with_mtp: Checkpoint) -> None:
+    """MTP layers are cut like the last decoder layer, since engines build them with the same expert count."""
+    plan = make_plan(with_mtp, statistics_of(with_mtp), wanted())
+    assert plan.layers[2] == LayerPlan(keep=plan.layers[1].keep, copied_from=1)
+    assert plan.config_edits == {"n_routed_experts": 8}
+    assert any("MTP layers 2 take the keep-list of layer 1" in note for note in plan.notes)
+
+
+def test_mtp_layers_can_be_dropped(with_mtp: Checkpoint) -> None:
+    """Dropped, they are in no layer of the plan and the config announces none."""
+    plan = make_plan(with_mtp, statistics_of(with_mtp), wanted(mtp="drop"))
+    assert sorted(plan.layers) == [0, 1]
+    assert plan.config_edits == {"n_routed_experts": 8, "num_nextn_predict_layers": 0}
+
+
+def test_announced_mtp_layers_that_are_missing_are_pointed_out(tmp_path: Path) -> None:
+    """A config that announces MTP layers which no file holds is a note, and llama.cpp does not take the result."""
+    checkpoint = write_checkpoint(tmp_path / "base", GLM, mtp=False)
+    plan = make_plan(checkpoint, statistics_of(checkpoint), wanted())
+    assert any("announces MTP layers" in note for note in plan.notes)
+    assert {engine for engine, reasons in plan.engines.items() if reasons} == {"llama.cpp"}
+    make_plan(checkpoint, statistics_of(checkpoint), wanted(target=("vllm", "sglang")))
+    with pytest.raises(PlanError, match=r"llama\.cpp would not take the result: .*MTP"):
+        make_plan(checkpoint, statistics_of(checkpoint), wanted(target=("llama.cpp",)))
+
+
+def test_engines_without_a_loader_say_so(checkpoint: Checkpoint) -> None:
+    """An engine that does not know the architecture, or not so many experts, is named with the reason."""
+    narrow = dataclasses.replace(checkpoint, spec=dataclasses.replace(checkpoint.spec, engines=("transformers",)))
+    assert engine_verdicts(narrow, 8)["vllm"] == ("no loader for qwen3_moe",)
+    assert engine_verdicts(checkpoint, 8) == dict.fromkeys(("transformers", "vllm", "sglang", "llama.cpp"), ())
+    assert engine_verdicts(checkpoint, 513)["vllm"] == ("more than 512 experts",)
+
+
+# --- what the plan says of itself -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("config", [QWEN, GLM, GROUPED], ids=["qwen3", "glm4", "grouped"])
+def test_sizes_are_those_of_the_written_checkpoint(tmp_path: Path, config: dict[str, Any]) -> None:
+    """Bytes and parameters before and after are what is on the disk."""
+    checkpoint = write_checkpoint(tmp_path / "base", config)
+    plan = make_plan(checkpoint, statistics_of(checkpoint), wanted())
+    written = open_checkpoint(apply_drop(checkpoint, plan, tmp_path / "out"))
+    assert plan.size["bytes"] == {"before": checkpoint.nbytes, "after": written.nbytes}
+    assert plan.size["parameters"] == {"before": checkpoint.nbytes // 4, "after": written.nbytes // 4}
+    assert preview(checkpoint, wanted()).size == plan.size
+
+
+def test_scales_are_no_parameters_and_packed_weights_are_not_counted(tmp_path: Path) -> None:
+    """Companions of quantised weights count as bytes only, and several weights in one element count as none."""
+    scaled = write_checkpoint(tmp_path / "scaled", QWEN, scales=True)
+    plain = write_checkpoint(tmp_path / "plain", QWEN)
+    packed = write_checkpoint(tmp_path / "packed", QWEN, dtype="int32")
+    plans = [make_plan(item, statistics_of(item), wanted()) for item in (scaled, plain, packed)]
+    assert plans[0].size["parameters"] == plans[1].size["parameters"]
+    assert plans[0].size["bytes"]["after"] > plans[1].size["bytes"]["after"]
+    assert "parameters" not in plans[2].size
+
+
+def test_coverage_is_the_share_of_the_output(checkpoint: Checkpoint) -> None:
+    """What the kept experts carried of the gated output norm, by domain."""
+    mass = np.ones((2, E))
+    mass[1, 8:] = 3.0
+    statistics = statistics_of(checkpoint, domains=("a", "b"), gated_norm_sum=mass)
+    assert make_plan(checkpoint, statistics, wanted()).coverage == {"a": 0.5, "b": 0.75}
+
+
+def test_an_edited_plan_is_worked_out_again(checkpoint: Checkpoint) -> None:
+    """After a person changed the keep-lists, counts, sizes, config and engines follow them."""
+    plan = make_plan(checkpoint, statistics_of(checkpoint), wanted())
+    longer = dataclasses.replace(plan, layers=dict.fromkeys((0, 1), LayerPlan(keep=tuple(range(12)))))
+    found = derive(checkpoint, longer)
+    assert (found.kept, found.budget["kept"], found.config_edits) == (12, 12, {"num_experts": 12})
+    assert found.size == make_plan(checkpoint, statistics_of(checkpoint), wanted(keep=12)).size
+    assert derive(checkpoint, plan) == plan
+
+
+def test_a_preview_names_the_wanted_strategy(checkpoint: Checkpoint) -> None:
+    """Looking before calibrating shows the strategy that will run, and no warning about data that is still to come."""
+    found = preview(checkpoint, wanted(strategy="reap", weights={"code": 2.0}))
+    assert found.strategy["name"] == "reap"
+    assert found.notes == []
+
+
+@pytest.mark.parametrize(
+    ("keep", "what", "better"),
+    [
+        (13, "13 experts is a prime number", "16 would not be"),
+        (12, "12 experts is no multiple of 8", "16 would not be"),
+        (20, "20 experts is no multiple of 8", "16 would not be"),  # 24 are all of them
+    ],
+)
+def test_counts_that_kernels_dislike_are_noted(tmp_path: Path, keep: int, what: str, better: str) -> None:
+    """A prime or odd count is a note that names the nearest better one that can be kept."""
+    checkpoint = write_checkpoint(tmp_path / "base", QWEN | {"num_experts": 24})
+    [note] = preview(checkpoint, wanted(keep=keep)).notes
+    assert what in note
+    assert better in note
+    assert preview(checkpoint, wanted(keep=16)).notes == []
+
+
+# --- warnings about the data ----------------------------------------------------------------------------------------
+
+
+def test_enough_data_warns_of_nothing(checkpoint: Checkpoint) -> None:
+    """Every expert was seen often: silence."""
+    assert coverage_warnings(statistics_of(checkpoint)) == []
+
+
+def test_unseen_and_rare_experts_are_counted(checkpoint: Checkpoint) -> None:
+    """Experts that were never or rarely routed are counted over all layers, with the samples to add."""
+    counts = np.full((1, E), 1000)
+    counts[0, :3] = (0, RARE - 1, 5)
+    [warning] = coverage_warnings(statistics_of(checkpoint, samples=10, count=counts))
+    assert "of 32 experts 2 were never routed to and 4 by fewer than 20 tokens" in warning
+    assert "at least 190 samples" in warning  # one token in 10 samples at best: 20 times as many are needed
+    counts[0, 0] = RARE
+    [warning] = coverage_warnings(statistics_of(checkpoint, samples=10, count=counts))
+    assert "add 30 samples" in warning  # 5 tokens of 20
+
+
+def test_short_data_says_how_much_to_add(checkpoint: Checkpoint) -> None:
+    """Few tokens per expert are a warning in samples, or in tokens where samples are unknown."""
+    counts = np.full((1, E), 50)
+    found = [coverage_warnings(statistics_of(checkpoint, samples=samples, count=counts)) for samples in (10, 0)]
+    assert [len(warnings) for warnings in found] == [1, 1]
+    assert "400 tokens give an expert 50 on average; add 30 samples" in found[0][0]
+    assert "add 1,200 tokens" in found[1][0]
+
+
+def test_warnings_are_notes_of_the_plan(checkpoint: Checkpoint) -> None:
+    """What was wrong with the data stays with the plan."""
+    counts = np.full((1, E), 50)
+    plan = make_plan(checkpoint, statistics_of(checkpoint, count=counts), wanted())
+    assert any("very short calibration data" in note for note in plan.notes)
+
+
+def test_no_data_is_no_warning_about_data(checkpoint: Checkpoint) -> None:
+    """Statistics of no data have no coverage to complain about."""
+    nothing = RouterStatistics.empty(checkpoint.moe_layers, num_experts=E, top_k=TOP_K, model="")
+    assert coverage_warnings(nothing) == []

@@ -1,0 +1,133 @@
+"""Values replaced inside a JSON text, every other byte as it was."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from moeprune.errors import PlanError
+from moeprune.rewrite.raw_config import edit_json
+
+KEYS = st.sampled_from(["num_experts", "n_routed_experts", "num", "x", 'quo"te', "ünï", "a\\b"]) | st.text(
+    st.characters(exclude_characters=".", exclude_categories=["Cs"]), max_size=5
+)
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | KEYS,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(KEYS, inner, max_size=3),
+    max_leaves=8,
+)
+SPACE = st.text(" \t\r\n", max_size=3)
+Pair = tuple[str, str]
+
+
+@st.composite
+def written(draw: st.DrawFn, values: st.SearchStrategy[Any]) -> str:
+    """A JSON value in some formatting."""
+    indent = draw(st.sampled_from([None, 1, 4, "\t"]))
+    separators = draw(st.sampled_from([(",", ":"), (", ", ": "), (" ,\n", " : ")]))
+    return json.dumps(draw(values), indent=indent, separators=separators, ensure_ascii=draw(st.booleans()))
+
+
+@st.composite
+def objects(draw: st.DrawFn) -> tuple[list[Pair], list[str]]:
+    """Keys and values as they are written, and the white space between all the parts; keys may repeat."""
+    pairs = draw(st.lists(st.tuples(written(KEYS), written(VALUES)), max_size=6))
+    return pairs, draw(st.lists(SPACE, min_size=4 * len(pairs) + 3, max_size=4 * len(pairs) + 3))
+
+
+def render(pairs: Sequence[Pair], spaces: Sequence[str]) -> str:
+    """The text of an object, with white space wherever JSON allows it."""
+    space = iter(spaces)
+    rows = [f"{next(space)}{key}{next(space)}:{next(space)}{value}{next(space)}" for key, value in pairs]
+    return next(space) + "{" + ",".join(rows) + next(space) + "}" + next(space)
+
+
+@settings(deadline=None)
+@given(objects(), st.data())
+def test_only_the_edited_values_change(drawn: tuple[list[Pair], list[str]], data: st.DataObject) -> None:
+    """Any object, in any formatting: the result is the same text with the new values in the old places."""
+    pairs, spaces = drawn
+    names = [json.loads(key) for key, _ in pairs]
+    chosen = data.draw(st.sets(st.sampled_from(names)) if names else st.just(set()))
+    edits = {name: data.draw(st.integers() | st.none() | st.text(max_size=3)) for name in sorted(chosen)}
+    changed = [
+        (key, json.dumps(edits[name]) if name in edits else value)
+        for (key, value), name in zip(pairs, names, strict=True)
+    ]
+    result = edit_json(render(pairs, spaces), edits)
+    assert result == render(changed, spaces)
+    assert {name: json.loads(result)[name] for name in edits} == edits
+
+
+@settings(deadline=None)
+@given(objects(), objects(), st.integers(0, 512))
+def test_a_dotted_key_reaches_into_a_nested_object(
+    outer: tuple[list[Pair], list[str]], inner: tuple[list[Pair], list[str]], value: int
+) -> None:
+    """Only the value at the whole path changes, not one of the same name further out or further in."""
+    counted = [*inner[0], ('"num_experts"', "128")]
+    pairs = [pair for pair in outer[0] if json.loads(pair[0]) != "text_config"]
+    spaces = [*inner[1], " ", "", "\n", ""]
+
+    def text(pairs_inside: Sequence[Pair]) -> str:
+        return render([*pairs, ('"text_config"', render(pairs_inside, spaces).strip())], [*outer[1], " ", "", "\n", ""])
+
+    changed = [(key, str(value) if json.loads(key) == "num_experts" else old) for key, old in counted]
+    assert edit_json(text(counted), {"text_config.num_experts": value}) == text(changed)
+
+
+CONFIG = """{
+    "architectures": ["Qwen3MoeForCausalLM"],
+    "note": "\\"num_experts\\": 128, }{",
+    "quantization_config": {"num_experts": 128, "ignore": ["num_experts", {"num_experts": 1}]},
+    "num_experts" : 128,
+    "num_experts_per_tok": 8, "rope_theta":1e6,\t"eps": 1.0E-06
+}
+
+"""
+
+
+def test_text_that_only_looks_like_the_key_stays() -> None:
+    """A string that holds the key, a longer key, a value that is the key, and the same key elsewhere."""
+    assert edit_json(CONFIG, {"num_experts": 64}) == CONFIG.replace('"num_experts" : 128', '"num_experts" : 64')
+
+
+def test_several_edits_of_different_length_do_not_shift_each_other() -> None:
+    """Places are found in the original text."""
+    edits = {"num_experts": 12345, "num_experts_per_tok": 4, "rope_theta": "x", "quantization_config.num_experts": 1}
+    result = json.loads(edit_json(CONFIG, edits))
+    assert (result["num_experts"], result["num_experts_per_tok"], result["rope_theta"]) == (12345, 4, "x")
+    assert result["quantization_config"]["num_experts"] == 1
+    assert edit_json(CONFIG, {}) == CONFIG
+
+
+def test_every_occurrence_of_a_repeated_key_changes() -> None:
+    """Readers differ in which of two they take."""
+    assert edit_json('{"n": 8, "m": {"n": 8}, "n": [8]}', {"n": 4}) == '{"n": 4, "m": {"n": 8}, "n": 4}'
+
+
+def test_an_escaped_key_is_the_key_it_means() -> None:
+    """JSON may write any letter as an escape."""
+    assert edit_json('{"num\\u005fexperts": 8}', {"num_experts": 4}) == '{"num\\u005fexperts": 4}'
+
+
+@pytest.mark.parametrize(
+    ("text", "key"),
+    [
+        ("{}", "n"),
+        ('{"m": {"n": 1}}', "n"),
+        ('{"m": {"n": 1}}', "n.m"),
+        ('{"m": [{"n": 1}]}', "m.n"),
+        ('{"m": "n"}', "m.n"),
+        ('{"N": 1}', "n"),
+    ],
+)
+def test_a_missing_key_is_an_error(text: str, key: str) -> None:
+    """Adding a key would be a different edit than the plan says."""
+    with pytest.raises(PlanError, match=rf"config\.json has no '{key}' to edit"):
+        edit_json(text, {key: 1})
