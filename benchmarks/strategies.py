@@ -80,13 +80,13 @@ class Bench:
     def measure(self, model: Any, loaded: Any) -> Measured:
         """Run the tasks and both texts."""
         from moeprune.evaluation.agreement import token_losses
-        from moeprune.evaluation.compare import _read_run
         from moeprune.evaluation.harness import run_model
+        from moeprune.evaluation.samples import read_run
 
         with tempfile.TemporaryDirectory() as folder:
             output = Path(folder) / "run"
             run_model((model, self.tokenizer), self.settings, output, loaded=loaded)
-            tasks = _read_run(output).tasks
+            tasks = read_run(output).tasks
         correct = {
             name: np.array([task.samples[key].values["acc"] for key in sorted(task.samples)], dtype=np.int8)
             for name, task in sorted(tasks.items())

@@ -19,18 +19,18 @@ def _passages(documents: list[Document], domain: str) -> list[tuple[str, str]]:
     pairs = []
     length, asked = _LENGTHS[domain]
     for document in shuffled(documents, domain, seed=1):
-        for paragraph in document.paragraphs:
-            for start in range(0, len(paragraph) - length - asked, length // 3):
-                cut = paragraph.find(" ", start + length)
-                given, after = paragraph[start:cut], paragraph[cut + 1 : cut + 1 + asked]
-                if cut > 0 and len(after) == asked and not after.isspace() and after[0] != " ":
-                    pairs.append((given, after))
+        text = "\n\n".join(document.paragraphs)
+        for start in range(0, len(text) - length - asked, length // 3):
+            cut = text.find(" ", start + length)
+            given, after = text[start:cut], text[cut + 1 : cut + 1 + asked]
+            if cut > 0 and len(after) == asked and not after.isspace() and after[0] != " ":
+                pairs.append((given, after))
     return pairs
 
 
 def continuations(documents: list[Document], domain: str, rng: random.Random) -> list[Question]:
     """Ask which of four passages goes on a given one; the wrong ones go on other passages of the same domain."""
-    pairs = _passages(documents, domain)
+    pairs = list({after: (given, after) for given, after in _passages(documents, domain)}.values())
     rng.shuffle(pairs)
     questions = []
     for given, after in pairs[:QUESTIONS]:

@@ -6,7 +6,6 @@ runs are compared only when they were the same experiment: same documents, reque
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -15,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from moeprune._files import PathLike, check_schema, envelope, parse_json, sha256_bytes, to_json
+from moeprune._files import PathLike, check_schema, envelope, parse_json, to_json
 from moeprune.errors import ArtifactError, EvaluationError, nearest
 from moeprune.evaluation.paired import (
     Interval,
@@ -27,6 +26,7 @@ from moeprune.evaluation.paired import (
     tango_interval,
     verdict_of,
 )
+from moeprune.evaluation.samples import Run, TaskSamples, read_run
 
 SCHEMA = "moeprune.report/1"
 
@@ -147,97 +147,10 @@ def _with_interval(row: Mapping[str, Any]) -> dict[str, Any]:
     return {**row, "interval": (lower, upper)}
 
 
-# --- reading lm-eval's folders ----------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Sample:
-    hashes: Mapping[str, str]
-    values: Mapping[str, float]
-    choice: int | None
-    finite: bool
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Task:
-    version: str
-    n_shot: int
-    n_full: int
-    higher_is_better: Mapping[str, bool]
-    samples: Mapping[tuple[int, str], _Sample]  # by document and filter
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Run:
-    results: Mapping[str, Any]
-    tasks: Mapping[str, _Task]
-    fingerprint: str
-
-
-def _read_run(folder: Path) -> _Run:
-    found = sorted(folder.rglob("results_*.json"))
-    if not found:
-        raise EvaluationError(f"{folder} holds no lm-eval results", "run lm_eval with --output_path and --log_samples")
-    if len(found) > 1:
-        raise EvaluationError(f"{folder} holds {len(found)} lm-eval runs", "name a folder that holds a single run")
-    [path] = found
-    try:
-        results = json.loads(path.read_bytes())
-        files = {name: _samples_file(path, name) for name in sorted(results["configs"])}
-        texts = {name: file.read_bytes() for name, file in files.items()}
-        tasks = {name: _read_task(results, name, text) for name, text in texts.items()}
-    except (KeyError, TypeError, ValueError, OSError, RecursionError) as error:
-        raise EvaluationError(f"cannot read the lm-eval run in {path.parent}: {error!r}") from error
-    digest = sha256_bytes(*(part for name, text in texts.items() for part in (name.encode(), text)))
-    return _Run(results=results, tasks=tasks, fingerprint=digest)
-
-
-def _samples_file(results: Path, task: str) -> Path:
-    stamp = results.stem.removeprefix("results_")
-    file = results.with_name(f"samples_{task}_{stamp}.jsonl")
-    if not file.is_file():
-        raise EvaluationError(f"{results.parent} has no samples of task {task!r}", "run lm_eval with --log_samples")
-    return file
-
-
-def _read_task(results: Mapping[str, Any], name: str, text: bytes) -> _Task:
-    is_choice = results["configs"][name].get("output_type") == "multiple_choice"
-    samples: dict[tuple[int, str], _Sample] = {}
-    for line in text.splitlines():
-        row = json.loads(line)
-        key = (row["doc_id"], row["filter"])
-        if key in samples:
-            raise EvaluationError(f"task {name!r} has document {key[0]} twice", "use a fresh folder for every run")
-        samples[key] = _read_sample(row, is_choice=is_choice)
-    if not samples:
-        raise EvaluationError(f"task {name!r} has no documents")
-    return _Task(
-        version=str(results["versions"].get(name, "")),
-        n_shot=int(results["n-shot"].get(name, 0)),
-        n_full=int(results["n-samples"][name]["original"]),
-        higher_is_better=results.get("higher_is_better", {}).get(name, {}),
-        samples=samples,
-    )
-
-
-def _read_sample(row: Mapping[str, Any], *, is_choice: bool) -> _Sample:
-    # prompt_hash covers the first request only: a changed option shows in the hash of all requests
-    requests = sha256_bytes(json.dumps(row["arguments"], sort_keys=True).encode())
-    hashes = {"document": row["doc_hash"], "target": row["target_hash"], "prompt": row["prompt_hash"]}
-    values = {name: float(row[name]) for name in row["metrics"] if isinstance(row.get(name), int | float)}
-    choice, finite = None, True
-    if is_choice:
-        likelihoods = [float(response[0]) for response in row["filtered_resps"]]
-        options = len(likelihoods) // (2 if "acc_mutual_info" in row["metrics"] else 1)
-        choice = int(np.argmax(likelihoods[:options]))
-        finite = not any(math.isnan(value) for value in likelihoods)
-    return _Sample(hashes={**hashes, "requests": requests}, values=values, choice=choice, finite=finite)
-
-
 # --- the same experiment? ---------------------------------------------------------------------------------------------
 
 
-def _check_same_experiment(base: _Run, pruned: _Run) -> None:
+def _check_same_experiment(base: Run, pruned: Run) -> None:
     for setting, what in (("chat_template_sha", "chat template"), ("system_instruction_sha", "system instruction")):
         if base.results.get(setting) != pruned.results.get(setting):
             raise EvaluationError(f"the two runs used a different {what}", _SAME_EXPERIMENT)
@@ -248,7 +161,7 @@ def _check_same_experiment(base: _Run, pruned: _Run) -> None:
         _check_same_task(name, task, pruned.tasks[name])
 
 
-def _check_same_task(name: str, base: _Task, pruned: _Task) -> None:
+def _check_same_task(name: str, base: TaskSamples, pruned: TaskSamples) -> None:
     for what, one, other in (
         ("version", base.version, pruned.version),
         ("number of few-shot examples", base.n_shot, pruned.n_shot),
@@ -266,7 +179,7 @@ def _check_same_task(name: str, base: _Task, pruned: _Task) -> None:
             raise EvaluationError(f"task {name!r}, document {doc_id}: changed {changed[0]}", _SAME_EXPERIMENT)
 
 
-def _warnings(base: _Run, pruned: _Run) -> list[str]:
+def _warnings(base: Run, pruned: Run) -> list[str]:
     found = []
     if base.results.get("model_name") == pruned.results.get("model_name") is not None:
         found.append("both runs name the same model: this measures noise, not pruning")
@@ -314,7 +227,7 @@ def compare_folders(
         EvaluationError: a folder without a single complete run, or two runs that were not the same experiment.
     """
     metrics = metrics or {}
-    base, pruned = _read_run(Path(base_dir)), _read_run(Path(pruned_dir))
+    base, pruned = read_run(Path(base_dir)), read_run(Path(pruned_dir))
     _check_same_experiment(base, pruned)
     for name in metrics:
         if name not in base.tasks:
@@ -347,7 +260,7 @@ def compare_folders(
     )
 
 
-def _primary_metric(name: str, task: _Task, wanted: str | None) -> tuple[str, str] | None:
+def _primary_metric(name: str, task: TaskSamples, wanted: str | None) -> tuple[str, str] | None:
     """The metric and filter to compare; None when the task has no scalar per document."""
     found: dict[str, tuple[str, str]] = {}
     for (_, filter_name), sample in task.samples.items():
@@ -361,7 +274,7 @@ def _primary_metric(name: str, task: _Task, wanted: str | None) -> tuple[str, st
     return found[wanted]
 
 
-def _compare_task(name: str, base: _Run, pruned: _Run, metric: str, filter_name: str, alpha: float) -> TaskComparison:
+def _compare_task(name: str, base: Run, pruned: Run, metric: str, filter_name: str, alpha: float) -> TaskComparison:
     """Everything about one task that does not depend on the other tasks."""
     task, other = base.tasks[name], pruned.tasks[name]
     keys = sorted(key for key in task.samples if key[1] == filter_name)
