@@ -11,30 +11,32 @@ from tiny_moe.text import Document, shuffled
 
 QUESTIONS = 1000
 KINDS = {"prose": "text", "code": "code"} | dict.fromkeys(DRILLS, "drill")
-_LENGTHS = {"prose": (300, 24), "code": (200, 12)}  # characters of a passage that are given, and of its continuation
+_GIVEN, _ASKED = 160, 32  # characters of a passage, and of its continuation
 
 
 def _passages(documents: list[Document], domain: str) -> list[tuple[str, str]]:
     """Cut the passages of a domain at blanks: what is given, and how it goes on."""
     pairs = []
-    length, asked = _LENGTHS[domain]
     for document in shuffled(documents, domain, seed=1):
         text = "\n\n".join(document.paragraphs)
-        for start in range(0, len(text) - length - asked, length // 3):
-            cut = text.find(" ", start + length)
-            given, after = text[start:cut], text[cut + 1 : cut + 1 + asked]
-            if cut > 0 and len(after) == asked and not after.isspace() and after[0] != " ":
+        for start in range(0, len(text) - _GIVEN - _ASKED, _GIVEN // 2):
+            cut = text.find(" ", start + _GIVEN)
+            given, after = text[start:cut], text[cut + 1 : cut + 1 + _ASKED]
+            if cut > 0 and len(after) == _ASKED and not after.isspace() and after[0] != " ":
                 pairs.append((given, after))
     return pairs
 
 
 def continuations(documents: list[Document], domain: str, rng: random.Random) -> list[Question]:
-    """Ask which of four passages goes on a given one; the wrong ones go on other passages of the same domain."""
+    """Ask which of four passages a text continues; the wrong ones are other passages of the same domain.
+
+    The text is the same for all four, so that how likely it is by itself cannot decide.
+    """
     pairs = list({after: (given, after) for given, after in _passages(documents, domain)}.values())
     rng.shuffle(pairs)
     questions = []
     for given, after in pairs[:QUESTIONS]:
-        others = rng.sample([other for _, other in pairs if other != after], 3)
+        others = rng.sample([other for other, _ in pairs if other != given], 3)
         questions.append(Question(prompt=given, answer=after, wrong=tuple(others)))
     return questions
 
@@ -51,15 +53,18 @@ def drill_questions(name: str, rng: random.Random) -> list[Question]:
 def write_task(name: str, questions: list[Question], folder: Path, rng: random.Random) -> None:
     """Write one task: a YAML file and its questions, the right answer at every position equally often."""
     folder.mkdir(parents=True, exist_ok=True)
-    rows = []
+    passages = KINDS[name] != "drill"
+    rows: list[dict[str, object]] = []
     for number, question in enumerate(questions):
         choices = list(question.wrong)
-        choices.insert(number % 4, question.answer)
-        rows.append({"prompt": question.prompt, "choices": choices, "label": number % 4})
+        choices.insert(number % 4, question.prompt if passages else question.answer)
+        asked = {"passages": choices, "continuation": question.answer}
+        rows.append((asked if passages else {"prompt": question.prompt, "choices": choices}) | {"label": number % 4})
     rng.shuffle(rows)
     lines = "".join(json.dumps(row) + "\n" for row in rows)
     (folder / f"{name}.jsonl").write_text(lines, encoding="utf-8")
-    (folder / f"{name}.yaml").write_text(_YAML.format(name=name, kind=KINDS[name]), encoding="utf-8")
+    asks = _ASK_PASSAGE if passages else _ASK_ANSWER
+    (folder / f"{name}.yaml").write_text(_YAML.format(name=name, kind=KINDS[name], asks=asks), encoding="utf-8")
 
 
 def write_group(names: list[str], folder: Path) -> None:
@@ -77,6 +82,12 @@ def all_questions(documents: list[Document], seed: int) -> dict[str, list[Questi
     return questions | {name: drill_questions(name, random.Random(seed + stable_hash(name))) for name in DRILLS}
 
 
+_ASK_ANSWER = """doc_to_text: "{{prompt}}"
+doc_to_choice: "{{choices}}"
+doc_to_target: label"""
+_ASK_PASSAGE = """doc_to_text: label
+doc_to_choice: "{{passages}}"
+doc_to_target: "{{continuation}}\""""
 _YAML = """task: tiny_{name}
 tag: tiny_{kind}
 dataset_path: json
@@ -85,9 +96,7 @@ dataset_kwargs:
     test: {name}.jsonl
 test_split: test
 output_type: multiple_choice
-doc_to_text: "{{{{prompt}}}}"
-doc_to_choice: "{{{{choices}}}}"
-doc_to_target: label
+{asks}
 metric_list:
   - metric: acc
     aggregation: mean
