@@ -10,6 +10,7 @@ from tiny_moe.drills import DRILLS, Question, sample, stable_hash
 from tiny_moe.text import Document, shuffled
 
 QUESTIONS = 1000
+WRITTEN = ("sorting",)  # the answer is generated, not chosen
 KINDS = {"prose": "text", "code": "code"} | dict.fromkeys(DRILLS, "drill")
 _GIVEN, _ASKED = 160, 32  # characters of a passage, and of its continuation
 
@@ -53,18 +54,22 @@ def drill_questions(name: str, rng: random.Random) -> list[Question]:
 def write_task(name: str, questions: list[Question], folder: Path, rng: random.Random) -> None:
     """Write one task: a YAML file and its questions, the right answer at every position equally often."""
     folder.mkdir(parents=True, exist_ok=True)
-    passages = KINDS[name] != "drill"
-    rows: list[dict[str, object]] = []
-    for number, question in enumerate(questions):
-        choices = list(question.wrong)
-        choices.insert(number % 4, question.prompt if passages else question.answer)
-        asked = {"passages": choices, "continuation": question.answer}
-        rows.append((asked if passages else {"prompt": question.prompt, "choices": choices}) | {"label": number % 4})
+    rows = [_row(name, question, number % 4) for number, question in enumerate(questions)]
     rng.shuffle(rows)
     lines = "".join(json.dumps(row) + "\n" for row in rows)
     (folder / f"{name}.jsonl").write_text(lines, encoding="utf-8")
-    asks = _ASK_PASSAGE if passages else _ASK_ANSWER
-    (folder / f"{name}.yaml").write_text(_YAML.format(name=name, kind=KINDS[name], asks=asks), encoding="utf-8")
+    form = _WRITE if name in WRITTEN else _CHOOSE_PASSAGE if KINDS[name] != "drill" else _CHOOSE
+    (folder / f"{name}.yaml").write_text(_YAML.format(name=name, kind=KINDS[name], form=form), encoding="utf-8")
+
+
+def _row(name: str, question: Question, label: int) -> dict[str, object]:
+    if name in WRITTEN:
+        return {"prompt": question.prompt, "answer": question.answer}
+    passages = KINDS[name] != "drill"
+    four = list(question.wrong)
+    four.insert(label, question.prompt if passages else question.answer)
+    asked = {"passages": four, "continuation": question.answer}
+    return (asked if passages else {"prompt": question.prompt, "choices": four}) | {"label": label}
 
 
 def write_group(names: list[str], folder: Path) -> None:
@@ -82,12 +87,32 @@ def all_questions(documents: list[Document], seed: int) -> dict[str, list[Questi
     return questions | {name: drill_questions(name, random.Random(seed + stable_hash(name))) for name in DRILLS}
 
 
-_ASK_ANSWER = """doc_to_text: "{{prompt}}"
+_CHOOSE = """output_type: multiple_choice
+doc_to_text: "{{prompt}}"
 doc_to_choice: "{{choices}}"
-doc_to_target: label"""
-_ASK_PASSAGE = """doc_to_text: label
+doc_to_target: label
+metric_list:
+  - metric: acc"""
+_CHOOSE_PASSAGE = """output_type: multiple_choice
+doc_to_text: label
 doc_to_choice: "{{passages}}"
-doc_to_target: "{{continuation}}\""""
+doc_to_target: "{{continuation}}"
+metric_list:
+  - metric: acc"""
+_WRITE = """output_type: generate_until
+doc_to_text: "{{prompt}}"
+doc_to_target: "{{answer}}"
+generation_kwargs:
+  until: ["\\n"]
+  do_sample: false
+  max_gen_toks: 16
+filter_list:
+  - name: answer
+    filter:
+      - function: remove_whitespace
+      - function: take_first
+metric_list:
+  - metric: exact_match"""
 _YAML = """task: tiny_{name}
 tag: tiny_{kind}
 dataset_path: json
@@ -95,10 +120,7 @@ dataset_kwargs:
   data_files:
     test: {name}.jsonl
 test_split: test
-output_type: multiple_choice
-{asks}
-metric_list:
-  - metric: acc
+{form}
     aggregation: mean
     higher_is_better: true
 metadata:
