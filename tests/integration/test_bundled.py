@@ -136,7 +136,10 @@ def test_texts_share_no_passage(monkeypatch: pytest.MonkeyPatch) -> None:
         for name in ("calibration", "selection", "heldout")
     }
     texts["tasks"] = [
-        row["prompt"] for name in ("prose", "code") for row in read_lines(BUNDLED / "tasks" / f"{name}.jsonl")
+        passage
+        for name in ("prose", "code")
+        for row in read_lines(BUNDLED / "tasks" / f"{name}.jsonl")
+        for passage in row["passages"]
     ]
     assert_disjoint(texts)
     with pytest.raises(ValueError, match="share"):
