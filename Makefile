@@ -1,7 +1,7 @@
 # The commands of the README. Everything is installed into .venv; nothing outside this folder is touched.
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
-.PHONY: demo install test lint types format clean
+.PHONY: demo install test test-engines lint types format clean
 
 demo: install  ## Prune the bundled model to half of its experts and report what it costs.
 	$(BIN)/moeprune prune --ratio 0.5 --overwrite
@@ -21,6 +21,22 @@ install: .venv/installed
 
 test: install lint types  ## Lint, types and the test suite.
 	$(BIN)/python -m pytest -q
+
+# llama.cpp and its converter, out of the source distribution of its Python bindings; building it takes a C++ compiler.
+LLAMA_CPP_PYTHON := 0.3.36
+ENGINES := build/engines
+
+test-engines: install $(ENGINES)/built-$(LLAMA_CPP_PYTHON)  ## Pruned checkpoints as GGUF: llama.cpp against transformers.
+	$(BIN)/python -m pytest -q tests/engines/check_llama_cpp.py
+
+$(ENGINES)/built-$(LLAMA_CPP_PYTHON): | install
+	rm -rf $(ENGINES) && mkdir -p $(ENGINES)
+	$(BIN)/python -m pip download --quiet --disable-pip-version-check --no-deps --no-binary llama-cpp-python \
+	  --dest $(ENGINES) llama-cpp-python==$(LLAMA_CPP_PYTHON)
+	tar -xzf $(ENGINES)/llama_cpp_python-$(LLAMA_CPP_PYTHON).tar.gz -C $(ENGINES)
+	CMAKE_ARGS=-DLLAVA_BUILD=OFF $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps \
+	  --target $(ENGINES)/site $(ENGINES)/llama_cpp_python-$(LLAMA_CPP_PYTHON) diskcache==5.6.3
+	touch $@
 
 lint: install
 	$(BIN)/ruff check .

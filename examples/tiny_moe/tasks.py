@@ -12,18 +12,20 @@ from tiny_moe.text import Document, shuffled
 QUESTIONS = 1000
 WRITTEN = ("sorting",)  # the answer is generated, not chosen
 KINDS = {"prose": "text", "code": "code"} | dict.fromkeys(DRILLS, "drill")
-_GIVEN, _ASKED = 160, 32  # characters of a passage, and of its continuation
+_GIVEN = 160  # characters of a passage
+_ASKED = {"prose": 32, "code": 12}  # characters of its continuation: code is easier to tell
 
 
 def _passages(documents: list[Document], domain: str) -> list[tuple[str, str]]:
     """Cut the passages of a domain at blanks: what is given, and how it goes on."""
     pairs = []
+    asked = _ASKED[domain]
     for document in shuffled(documents, domain, seed=1):
         text = "\n\n".join(document.paragraphs)
-        for start in range(0, len(text) - _GIVEN - _ASKED, _GIVEN // 2):
+        for start in range(0, len(text) - _GIVEN - asked, _GIVEN // 2):
             cut = text.find(" ", start + _GIVEN)
-            given, after = text[start:cut], text[cut + 1 : cut + 1 + _ASKED]
-            if cut > 0 and len(after) == _ASKED and not after.isspace() and after[0] != " ":
+            given, after = text[start:cut], text[cut + 1 : cut + 1 + asked]
+            if cut > 0 and len(after) == asked and not after.isspace() and after[0] != " ":
                 pairs.append((given, after))
     return pairs
 

@@ -1,7 +1,7 @@
-"""Files and folders that appear whole or not at all, the envelope of every artifact, and progress bars.
+"""Files that appear whole or not at all, checks of outputs, the envelope of every artifact, and progress bars.
 
-Everything moeprune writes goes through here: bytes are written beside their destination, flushed to the device, and
-renamed into place. Nothing here knows about models.
+Bytes are written beside their destination, flushed to the device, and renamed into place. Nothing here knows about
+models.
 """
 
 from __future__ import annotations
@@ -58,13 +58,18 @@ def progress(items: Iterable[T], description: str, *, total: float | None = None
     return bar
 
 
-def byte_bar(description: str, total: int) -> Any:
-    """A tqdm bar that counts bytes; call ``update(n)``."""
+def byte_bar(description: str, total: int, *, done: int = 0) -> Any:
+    """A tqdm bar that counts bytes, some of which an earlier run did; call ``update(n)``."""
     from tqdm import tqdm
 
-    return tqdm(
-        desc=description, total=total, unit="B", unit_scale=True, disable=_no_bar(), file=sys.stderr, leave=False
-    )
+    options: dict[str, Any] = {"unit": "B", "unit_scale": True, "file": sys.stderr, "leave": False}
+    return tqdm(desc=description, total=total, initial=done, disable=_no_bar(), **options)
+
+
+def note(text: str) -> None:
+    """A remark on stderr, unless the user asked for quiet."""
+    if not quiet.get():
+        sys.stderr.write(f"note: {text}\n")
 
 
 def _no_bar() -> bool:
@@ -76,18 +81,31 @@ def _no_bar() -> bool:
 
 def to_json(value: object) -> str:
     """Readable JSON for people to edit and diff: lists of numbers stay on one line, no NaN."""
-    return _layout(value, "") + "\n"
+    return "".join(json_pieces(value))
 
 
-def _layout(value: object, indent: str) -> str:
-    inner = indent + "  "
-    if isinstance(value, Mapping) and value:
-        rows = [f"{inner}{json.dumps(str(key))}: {_layout(item, inner)}" for key, item in value.items()]
-        return "{\n" + ",\n".join(rows) + f"\n{indent}}}"
-    if isinstance(value, list | tuple) and any(isinstance(item, Mapping | list | tuple) for item in value):
-        rows = [inner + _layout(item, inner) for item in value]
-        return "[\n" + ",\n".join(rows) + f"\n{indent}]"
-    return json.dumps(value, allow_nan=False, ensure_ascii=False)
+def json_pieces(value: object) -> Iterator[str]:
+    """The text of :func:`to_json` bit by bit; an iterator of pairs stands for an object too large to be held."""
+    yield from _layout(value, "")
+    yield "\n"
+
+
+def _layout(value: object, indent: str) -> Iterator[str]:
+    inner, between = indent + "  ", ""
+    if isinstance(value, Iterator) or (isinstance(value, Mapping) and value):
+        for key, item in value.items() if isinstance(value, Mapping) else value:
+            yield f"{between or '{'}\n{inner}{json.dumps(str(key))}: "
+            yield from _layout(item, inner)
+            between = ","
+        yield f"\n{indent}}}" if between else "{}"
+    elif isinstance(value, list | tuple) and any(isinstance(item, Mapping | list | tuple) for item in value):
+        for item in value:
+            yield f"{between or '['}\n{inner}"
+            yield from _layout(item, inner)
+            between = ","
+        yield f"\n{indent}]"
+    else:
+        yield json.dumps(value, allow_nan=False, ensure_ascii=False)
 
 
 _HALF_PAIR = re.compile(r"\\u[dD][89a-fA-F]")
@@ -232,11 +250,15 @@ def _check_place(target: Path) -> None:
 
 
 def check_free_space(path: PathLike, needed: int) -> None:
-    """Refuse when the disk that will hold ``path`` has less than ``needed`` bytes free."""
+    """Refuse when the disk that will hold the folder ``path`` cannot take ``needed`` bytes.
+
+    What an earlier run left of it counts as free: it is used again or removed.
+    """
     folder = Path(path).resolve()
     while not folder.exists():
         folder = folder.parent
-    free = shutil.disk_usage(folder).free
+    left = hidden_sibling(path, "partial")
+    free = shutil.disk_usage(folder).free + sum(file.stat().st_size for file in left.rglob("*") if file.is_file())
     if free < needed:
         raise ConfigError(
             f"not enough disk space for {path}: {human_bytes(needed)} needed, {human_bytes(free)} free",
@@ -244,45 +266,10 @@ def check_free_space(path: PathLike, needed: int) -> None:
         )
 
 
-@contextlib.contextmanager
-def output_folder(path: PathLike, *, overwrite: bool = False) -> Iterator[Path]:
-    """A folder to fill that takes its final name only when the block ends well.
-
-    The block writes into a hidden sibling; on any error that sibling is removed and an existing folder stays as it was.
-    """
-    target = Path(path).resolve()  # beside the folder that a link points to, so that the rename stays on one disk
-    check_output_folder(target, overwrite=overwrite)
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        staging = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}.partial-"))
-    except OSError as error:
-        raise ConfigError(f"cannot create {target}: {error.strerror}") from error
-    try:
-        os.chmod(staging, 0o777 & ~_umask())
-        yield staging
-        for item in (*staging.rglob("*"), staging):
-            sync_path(item)
-        _swap_in(staging, target)
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
-    sync_path(target.parent)
-
-
-def _swap_in(staging: Path, target: Path) -> None:
-    """Give the finished folder its name; what stood there before is removed only afterwards."""
-    if not target.exists():
-        os.rename(staging, target)
-        return
-    old = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}.old-")) / target.name
-    try:
-        os.rename(target, old)
-        os.rename(staging, target)
-    except BaseException:  # an interrupt between the two must not cost the old folder
-        if old.exists() and not target.exists():
-            os.rename(old, target)
-        raise
-    finally:
-        shutil.rmtree(old.parent, ignore_errors=True)
+def hidden_sibling(path: PathLike, kind: str) -> Path:
+    """A hidden name beside an output folder, always the same, so that a later run finds what a killed one left."""
+    target = Path(path).resolve()
+    return target.with_name(f".{target.name}.moeprune-{kind}")
 
 
 def sync_path(path: Path) -> None:
@@ -322,11 +309,18 @@ def safetensors_header(tensors: Iterable[tuple[str, str, Iterable[int], int]], m
         tensors: name, dtype, shape and size in bytes of each tensor, in the order of their bytes.
         metadata: the ``__metadata__`` strings.
     """
-    header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    text = bytearray(b"{")
+    if metadata:
+        text += _compact("__metadata__", dict(metadata))
     position = 0
     for name, dtype, shape, nbytes in tensors:
-        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [position, position + nbytes]}
+        offsets = [position, position + nbytes]
+        text += _compact(name, {"dtype": dtype, "shape": list(shape), "data_offsets": offsets})
         position += nbytes
-    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text[-1:] = b"}" if len(text) > 1 else b"{}"  # in the place of the last comma
     text += b" " * (-len(text) % 8)  # readers map the data straight after the header: keep it aligned
     return len(text).to_bytes(8, "little") + text
+
+
+def _compact(key: str, value: object) -> bytes:
+    return (json.dumps({key: value}, separators=(",", ":"), ensure_ascii=False)[1:-1] + ",").encode()

@@ -5,13 +5,16 @@ config values count them. Whatever it does not declare is copied untouched, unle
 router: then the run stops by name, because a tensor that is left at the old width gives a broken checkpoint.
 
 To support another architecture add one entry to :data:`ARCHITECTURES`, or publish it from another package under the
-entry-point group ``moeprune.architectures`` (an object of type :class:`MoESpec`, named by its ``model_type``).
+entry-point group ``moeprune.architectures`` (an object of type :class:`MoESpec`, named by its ``model_type``):
+docs/how-to/add-an-architecture.md.
 """
 
 from __future__ import annotations
 
+import functools
 import re
-from collections.abc import Callable, Mapping
+import sys
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,6 +42,15 @@ class ExpertName:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class StackedName:
+    """A tensor of all routed experts of a layer, one after another along ``axis``."""
+
+    layer: int
+    part: str
+    axis: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class RouterName:
     """A tensor with one row per expert along ``axis``."""
 
@@ -49,12 +61,12 @@ class RouterName:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PlainName:
-    """A tensor that pruning leaves alone; ``layer`` is -1 outside the decoder layers."""
+    """A tensor that pruning leaves alone; ``layer`` is -1 outside the decoder and MTP layers."""
 
     layer: int
 
 
-TensorRole = ExpertName | RouterName | PlainName
+TensorRole = ExpertName | StackedName | RouterName | PlainName
 
 
 def read_count(config: Config, key: str, default: int | None = None) -> int:
@@ -95,6 +107,30 @@ def _sparse_step(config: Config, layer: int) -> bool:
     return layer not in (_read_list(config, "mlp_only_layers") or []) and (layer + 1) % step == 0
 
 
+def _sparse_interval(config: Config, layer: int) -> bool:
+    step = read_count(config, "moe_layer_interval", 1) or 1
+    last = layer if config.get("moe_layer_end_index") == -1 else read_count(config, "moe_layer_end_index", layer)
+    return read_count(config, "moe_layer_start_index", 0) <= layer <= last and (layer + 1) % step == 0
+
+
+@functools.cache
+def _block_pattern(layers: tuple[str, ...], mtp_layers: tuple[str, ...]) -> re.Pattern[str]:
+    """A tensor inside a numbered layer: prefix of a decoder layer or of an MTP layer, number, name inside."""
+
+    def either(prefixes: Iterable[str]) -> str:
+        return "|".join(map(re.escape, prefixes)) or "(?!)"
+
+    # Matched at the start, so that `mtp.layers.0.` is never taken for decoder layer 0.
+    return re.compile(rf"((?:{either(layers)})|({either(mtp_layers)})){_NUMBER}\.(.+)")
+
+
+@functools.cache
+def _expert_pattern(experts: str, stacked: tuple[str, ...]) -> re.Pattern[str]:
+    """A tensor of one expert: its number and what follows; or of all of them: what follows the prefix."""
+    names = "|".join(map(re.escape, stacked)) or "(?!)"
+    return re.compile(rf"{re.escape(experts)}(?:{_NUMBER}\.(.+)|((?:{names})(?:[_.].+)?$))")
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MoESpec:
     """Names on disk of one architecture.
@@ -103,49 +139,63 @@ class MoESpec:
         model_type: the config's ``model_type``.
         experts: prefix, inside a layer, of the tensors of expert e: ``<experts><e>.<anything>``. Companions such as
             ``weight_scale_inv`` travel with their expert because only the prefix is matched.
-        router: name inside a layer of every tensor with one row per expert, and the axis of those rows.
-        required_router: the router tensors that every MoE layer must have.
+        stacked: names after the same prefix of tensors that hold all experts of the layer along their first axis,
+            with any companion of theirs: ``<experts><name>``, ``<experts><name>_bias`` and so on. A layer has either
+            these or one set of tensors per expert.
+        router: name inside a layer of every tensor with one row per expert, and the axis of those rows; every MoE
+            layer must have all of them.
         shared: prefixes inside a layer that look like experts or routers and are neither.
+        section: the config's key of the object that describes the language model, where it is nested.
         count_keys: config keys that hold the number of routed experts; all that are present are edited.
         top_k_key: config key of the number of experts that a token is routed to.
         group_keys: config keys of the number of groups and of the groups a token may use, or empty.
+        is_moe_layer: whether decoder layer i has routed experts, from the config.
+        layers: prefixes of the decoder layers.
         mtp_key: config key of the number of multi-token-prediction layers, or empty. They follow the decoder layers
             as ``model.layers.<num_hidden_layers>`` and so on, and engines build them with the same expert count.
-        is_moe_layer: whether decoder layer i has routed experts, from the config.
-        layers: prefix of the decoder layers.
+        mtp_layers: prefixes of MTP layers that are numbered on their own, from 0.
+        mtp: prefixes of every tensor that belongs to such MTP layers, inside one of them or not.
         engines: engines whose released versions have a loader for this architecture.
     """
 
     model_type: str
     experts: str = "mlp.experts."
+    stacked: tuple[str, ...] = ("gate_up_proj", "down_proj")
     router: Mapping[str, int]
-    required_router: tuple[str, ...]
     shared: tuple[str, ...] = ()
+    section: str = ""
     count_keys: tuple[str, ...]
     top_k_key: str = "num_experts_per_tok"
     group_keys: tuple[str, str] | tuple[()] = ()
-    mtp_key: str = ""
     is_moe_layer: Callable[[Config, int], bool] = _every_layer
-    layers: str = "model.layers."
+    layers: tuple[str, ...] = ("model.layers.",)
+    mtp_key: str = ""
+    mtp_layers: tuple[str, ...] = ()
+    mtp: tuple[str, ...] = ()
     engines: tuple[str, ...] = ("transformers", "vllm", "sglang", "llama.cpp")
 
-    def role(self, name: str) -> TensorRole:
+    def role(self, name: str, depth: int) -> TensorRole:
         """Classify one tensor name.
+
+        Args:
+            name: the tensor's name on disk.
+            depth: number of decoder layers; MTP layers are numbered on from there, however the files number them.
 
         Raises:
             LayoutError: the name looks like an expert or a router tensor and is not declared.
         """
-        # Anchored at the start, so that `mtp.layers.0.` is never taken for decoder layer 0.
-        match = re.match(re.escape(self.layers) + _NUMBER + r"\.(.+)", name)
+        match = _block_pattern(self.layers, self.mtp_layers).match(name)
         if match is None:
-            return self._plain(name, -1, name)
-        layer, part = int(match[1]), match[2]
+            return self._plain(name, depth if name.startswith(self.mtp or "no MTP") else -1, name)
+        layer, part = int(match[3]) + (depth if match[2] else 0), match[4]
         if part in self.router:
-            return RouterName(layer=layer, part=part, axis=self.router[part])
-        expert = re.match(re.escape(self.experts) + _NUMBER + r"\.(.+)", part)
+            return RouterName(layer=layer, part=sys.intern(part), axis=self.router[part])
+        expert = _expert_pattern(self.experts, self.stacked).match(part)
+        if expert is not None and expert[3]:
+            return StackedName(layer=layer, part=sys.intern(part))
         if expert is not None:
-            before = f"{self.layers}{layer}.{self.experts}"
-            return ExpertName(layer=layer, expert=int(expert[1]), before=before, after=expert[2])
+            before = sys.intern(f"{match[1]}{match[3]}.{self.experts}")  # few strings, shared by 100,000 tensors
+            return ExpertName(layer=layer, expert=int(expert[1]), before=before, after=sys.intern(expert[2]))
         if part.startswith(self.shared):
             return PlainName(layer=layer)
         return self._plain(name, layer, part)
@@ -158,75 +208,120 @@ class MoESpec:
             )
         return PlainName(layer=layer)
 
-    def moe_layers(self, config: Config) -> list[int]:
-        """Decoder layers that have routed experts, MTP layers left out.
+    def values(self, config: Config) -> Config:
+        """The part of the config that describes the language model.
 
         Raises:
-            LayoutError: a config value that decides it is missing or of the wrong kind; so for all that follow.
+            LayoutError: a config value that is needed is missing or of the wrong kind; so for all that follow.
         """
-        depth = read_count(config, "num_hidden_layers")
-        return [layer for layer in range(depth) if self.is_moe_layer(config, layer)]
+        inner = config.get(self.section) if self.section else config
+        if not isinstance(inner, Mapping):
+            raise LayoutError(f"config.json: {self.section} is {inner!r}, where an object is needed")
+        return inner
 
-    def mtp_layers(self, config: Config) -> list[int]:
+    def path(self, key: str) -> str:
+        """A key of :meth:`values` as the dotted key of the whole config."""
+        return f"{self.section}.{key}" if self.section else key
+
+    def depth(self, config: Config) -> int:
+        """Number of decoder layers."""
+        return read_count(self.values(config), "num_hidden_layers")
+
+    def moe_layers(self, config: Config) -> list[int]:
+        """Decoder layers that have routed experts, MTP layers left out."""
+        values = self.values(config)
+        return [layer for layer in range(self.depth(config)) if self.is_moe_layer(values, layer)]
+
+    def announced_mtp(self, config: Config) -> list[int]:
         """Indices of the multi-token-prediction layers that the config announces."""
-        depth = read_count(config, "num_hidden_layers")
-        count = read_count(config, self.mtp_key, 0) if self.mtp_key else 0
+        depth = self.depth(config)
+        count = read_count(self.values(config), self.mtp_key, 0) if self.mtp_key else 0
         return list(range(depth, depth + count))
 
 
 _GATE = {"mlp.gate.weight": 0}
-_BIASED_GATE = _GATE | {"mlp.gate.e_score_correction_bias": 0}
+_BIAS = {"mlp.gate.e_score_correction_bias": 0}
+_BLOCK = "block_sparse_moe."
+_SHARED = ("mlp.shared_expert.", "mlp.shared_expert_gate.")
+_TOP_LEVEL_MTP = {"mtp": ("mtp.",), "mtp_layers": ("mtp.layers.",)}
 
 
-def _deepseek_like(model_type: str) -> MoESpec:
+def _deepseek_like(model_type: str, **changes: Any) -> MoESpec:
     """The shape shared by GLM and DeepSeek-V3: sigmoid router with correction bias, shared experts, groups, MTP."""
-    return MoESpec(
-        model_type=model_type,
-        router=_BIASED_GATE,
-        required_router=tuple(_BIASED_GATE),
-        shared=("mlp.shared_experts.",),
-        count_keys=("n_routed_experts", "num_local_experts", "num_experts"),
-        group_keys=("n_group", "topk_group"),
-        mtp_key="num_nextn_predict_layers",
-        is_moe_layer=_after_first_dense,
-    )
+    values: dict[str, Any] = {
+        "router": _GATE | _BIAS,
+        "shared": ("mlp.shared_experts.",),
+        "count_keys": ("n_routed_experts", "num_local_experts", "num_experts"),
+        "group_keys": ("n_group", "topk_group"),
+        "mtp_key": "num_nextn_predict_layers",
+        "is_moe_layer": _after_first_dense,
+    }
+    return MoESpec(model_type=model_type, **values | changes)
+
+
+def _qwen_like(model_type: str, **changes: Any) -> MoESpec:
+    """The shape shared by Qwen and OLMoE: softmax router without bias."""
+    # A file written by transformers 5 may have the second key, and with both the second one wins.
+    return MoESpec(model_type=model_type, router=_GATE, count_keys=("num_experts", "num_local_experts"), **changes)
 
 
 ARCHITECTURES: Mapping[str, MoESpec] = {
     spec.model_type: spec
     for spec in (
-        MoESpec(
-            model_type="qwen3_moe",
-            router=_GATE,
-            required_router=tuple(_GATE),
-            # A file written by transformers 5 has the second key, and with both the second one wins.
-            count_keys=("num_experts", "num_local_experts"),
-            is_moe_layer=_sparse_step,
+        _qwen_like("qwen3_moe", is_moe_layer=_sparse_step),
+        _qwen_like("qwen2_moe", is_moe_layer=_sparse_step, shared=_SHARED),
+        _qwen_like("qwen3_next", is_moe_layer=_sparse_step, shared=_SHARED, **_TOP_LEVEL_MTP),
+        _qwen_like(
+            "qwen3_5_moe",
+            shared=_SHARED,
+            section="text_config",
+            layers=("model.language_model.layers.",),
+            mtp_key="mtp_num_hidden_layers",
+            **_TOP_LEVEL_MTP,
         ),
-        MoESpec(
-            model_type="qwen2_moe",
-            router=_GATE,
-            required_router=tuple(_GATE),
-            shared=("mlp.shared_expert.", "mlp.shared_expert_gate."),
-            count_keys=("num_experts", "num_local_experts"),
-            is_moe_layer=_sparse_step,
+        _qwen_like(
+            "qwen3_5_moe_text",
+            shared=_SHARED,
+            layers=("model.layers.", "model.language_model.layers."),
+            mtp_key="mtp_num_hidden_layers",
+            **_TOP_LEVEL_MTP,
         ),
-        MoESpec(
-            model_type="olmoe",
-            router=_GATE,
-            required_router=tuple(_GATE),
-            count_keys=("num_experts", "num_local_experts"),
-        ),
-        MoESpec(
-            model_type="mixtral",
-            experts="block_sparse_moe.experts.",
-            router={"block_sparse_moe.gate.weight": 0},
-            required_router=("block_sparse_moe.gate.weight",),
-            count_keys=("num_local_experts",),
-        ),
+        _qwen_like("olmoe"),
         _deepseek_like("glm4_moe"),
         _deepseek_like("glm4_moe_lite"),
+        _deepseek_like("glm_moe_dsa"),
         _deepseek_like("deepseek_v3"),
+        _deepseek_like("deepseek_v32"),
+        _deepseek_like("kimi_k2", engines=("vllm", "sglang", "llama.cpp")),  # transformers needs its remote code
+        MoESpec(
+            model_type="mixtral",
+            experts=f"{_BLOCK}experts.",
+            router={f"{_BLOCK}gate.weight": 0},
+            count_keys=("num_local_experts",),
+        ),
+        MoESpec(
+            model_type="minimax_m2",
+            experts=f"{_BLOCK}experts.",
+            router={f"{_BLOCK}gate.weight": 0, f"{_BLOCK}e_score_correction_bias": 0},  # the bias is above the gate
+            count_keys=("num_local_experts",),
+            mtp_key="num_mtp_modules",
+        ),
+        MoESpec(
+            model_type="gpt_oss",
+            router={"mlp.router.weight": 0, "mlp.router.bias": 0},
+            count_keys=("num_local_experts",),
+        ),
+        MoESpec(
+            model_type="ernie4_5_moe",
+            router=_GATE | {"mlp.moe_statics.e_score_correction_bias": 1},  # [1, E]
+            shared=("mlp.shared_experts.",),
+            count_keys=("moe_num_experts",),
+            top_k_key="moe_k",
+            is_moe_layer=_sparse_interval,
+            mtp_key="num_nextn_predict_layers",
+            mtp_layers=("model.mtp_block.", "mtp_block."),
+            mtp=("model.mtp_", "mtp_"),
+        ),
     )
 }
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+import sys
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -15,7 +16,15 @@ from pathlib import Path
 from typing import Any
 
 from moeprune._files import PathLike, human_bytes, parse_json
-from moeprune.architectures import ExpertName, MoESpec, RouterName, TensorRole, read_count, resolve_architecture
+from moeprune.architectures import (
+    ExpertName,
+    MoESpec,
+    RouterName,
+    StackedName,
+    TensorRole,
+    read_count,
+    resolve_architecture,
+)
 from moeprune.errors import CheckpointError, LayoutError, UnsupportedModelError, first_line
 from moeprune.plans import RouterShape
 
@@ -71,7 +80,8 @@ class Checkpoint:
         num_experts: routed experts per MoE layer (E).
         top_k: experts per token.
         n_group: expert groups of a group-limited router, 1 without groups; ``topk_group`` of them serve a token.
-        moe_layers: decoder layers with routed experts; ``mtp_layers``: MTP layers whose tensors are present.
+        moe_layers: decoder layers with routed experts.
+        mtp_layers: MTP layers whose tensors are present, numbered on from the last decoder layer.
     """
 
     path: Path
@@ -100,9 +110,9 @@ class Checkpoint:
             with file.open("rb") as handle:
                 for entry in entries:
                     digest.update(f"{entry.name}|{entry.dtype}|{entry.shape}\n".encode())
-                    begin, size = self._sampled(entry)
-                    handle.seek(begin)
-                    digest.update(handle.read(size))
+                    for begin, size in self._sampled(entry):
+                        handle.seek(begin)
+                        digest.update(handle.read(size))
         return digest.hexdigest()
 
     def _by_file(self) -> Iterator[tuple[Path, list[TensorEntry]]]:
@@ -113,13 +123,17 @@ class Checkpoint:
         for file in sorted(files):
             yield file, sorted(files[file], key=lambda entry: entry.name)
 
-    def _sampled(self, entry: TensorEntry) -> tuple[int, int]:
+    def _sampled(self, entry: TensorEntry) -> Iterator[tuple[int, int]]:
         """Begin and size of the bytes that enter the fingerprint."""
-        if isinstance(self.roles[entry.name], RouterName):
-            return entry.begin, entry.nbytes
-        if isinstance(self.roles[entry.name], ExpertName) or "embed_tokens" in entry.name:
-            return entry.begin + max(0, (entry.nbytes - _SAMPLE) // 2), min(_SAMPLE, entry.nbytes)
-        return entry.begin, 0
+        role = self.roles[entry.name]
+        if isinstance(role, RouterName):
+            yield entry.begin, entry.nbytes
+        elif isinstance(role, ExpertName | StackedName) or "embed_tokens" in entry.name:
+            pieces = entry.shape[role.axis] if isinstance(role, StackedName) else 1
+            width = entry.nbytes // pieces
+            size = min(_SAMPLE, width)
+            for piece in range(pieces):
+                yield entry.begin + piece * width + (width - size) // 2, size
 
     @cached_property
     def nbytes(self) -> int:
@@ -135,15 +149,12 @@ class Checkpoint:
 
     @property
     def all_moe_layers(self) -> tuple[int, ...]:
-        """Decoder and MTP layers that hold routed experts."""
+        """Layers that a plan decides on: decoder layers with routed experts, and MTP layers."""
         return self.moe_layers + self.mtp_layers
 
     def __str__(self) -> str:
-        layers = len(self.moe_layers)
-        return (
-            f"{self.path.name}: {self.spec.model_type}, {layers} MoE layers of {self.num_experts} experts, "
-            f"top-{self.top_k}, {human_bytes(self.nbytes)}"
-        )
+        what = f"{self.path.name}: {self.spec.model_type}, {len(self.moe_layers)} MoE layers"
+        return f"{what} of {self.num_experts} experts, top-{self.top_k}, {human_bytes(self.nbytes)}"
 
 
 def open_checkpoint(model: PathLike, *, revision: str | None = None) -> Checkpoint:
@@ -161,13 +172,14 @@ def open_checkpoint(model: PathLike, *, revision: str | None = None) -> Checkpoi
     path = Path(model) if Path(model).exists() else _download(str(model), revision)
     config_text, config = _read_config(path)
     spec = resolve_architecture(config)
-    tensors, metadata = _read_tensors(path)
-    roles = {name: spec.role(name) for name in tensors}
+    tensors, metadata = read_tensors(path)
+    depth = spec.depth(config)
+    roles = {name: spec.role(name, depth) for name in tensors}
     layers, mtp = _bind_layers(spec, config, roles)
-    num_experts = _count_experts(spec, config)
-    _check_experts(roles, (*layers, *mtp), num_experts)
-    _check_routers(spec, tensors, roles, (*layers, *mtp), num_experts)
-    router = _read_router(spec, config, num_experts)
+    num_experts = _count_experts(spec, spec.values(config))
+    _check_experts(spec, tensors, roles, num_experts)
+    _check_routers(spec, tensors, roles, num_experts)
+    router = _read_router(spec, spec.values(config), num_experts)
     return Checkpoint(
         path=path,
         spec=spec,
@@ -214,24 +226,26 @@ def _read_config(path: Path) -> tuple[str, dict[str, Any]]:
         raise CheckpointError(f"{path} has no config.json", "is this a Hugging Face checkpoint folder?") from None
     except (OSError, UnicodeDecodeError) as error:
         raise CheckpointError(f"cannot read {file}: {error}") from error
+    check_inside(path, file)
     config = parse_json(text, file)
     if not isinstance(config, dict):
         raise CheckpointError(f"{file} is not a JSON object")
     return text, config
 
 
-def _read_tensors(path: Path) -> tuple[dict[str, TensorEntry], dict[str, str]]:
+def read_tensors(path: Path) -> tuple[dict[str, TensorEntry], dict[str, str]]:
     """All tensors of the folder, checked against the index, and the metadata of the first shard."""
     listed = _read_index(path)
     files = sorted(set(listed.values())) if listed is not None else [SINGLE]
     missing = [name for name in files if not (path / name).is_file()]
     if missing:
-        raise CheckpointError(_missing_files(path, missing), "download the checkpoint again")
+        raise CheckpointError(*_missing_files(path, missing))
     if SINGLE not in files and (path / SINGLE).is_file():  # transformers would read that one, other engines the index
         raise CheckpointError(f"{path} holds both {SINGLE} and an {INDEX} that leaves it out", "remove the stale one")
     tensors: dict[str, TensorEntry] = {}
     metadata: dict[str, str] = {}
     for name in files:
+        check_inside(path, path / name)
         entries, shard_metadata = read_header(path / name)
         metadata = metadata or shard_metadata
         for entry in entries:
@@ -244,19 +258,37 @@ def _read_tensors(path: Path) -> tuple[dict[str, TensorEntry], dict[str, str]]:
     return tensors, metadata
 
 
-def _missing_files(path: Path, missing: list[str]) -> str:
-    if missing == [SINGLE]:
-        others = sorted(item.name for item in path.iterdir() if item.suffix in {".bin", ".pt", ".pth"})
-        why = f"only {others[0]}, which would have to be unpickled" if others else f"neither {SINGLE} nor {INDEX}"
-        return f"{path} has no safetensors weights: {why}"
-    shown = ", ".join(missing[:3]) + (", ..." if len(missing) > 3 else "")
-    return f"{path} lacks {len(missing)} of its shards: {shown}"
+def check_inside(folder: Path, file: Path) -> None:
+    """Refuse a link out of the checkpoint, which could put any file of this machine into the output.
+
+    The Hub's cache is fine: there a snapshot is a folder of links to the blobs beside it.
+
+    Raises:
+        CheckpointError: the file lies somewhere else.
+    """
+    home, target = folder.resolve(), file.resolve()
+    homes = [home, (home.parent.parent / "blobs").resolve()] if home.parent.name == "snapshots" else [home]
+    if not any(target.is_relative_to(place) for place in homes):
+        raise CheckpointError(f"{file} links out of the checkpoint, to {target}", "put the file itself there")
+
+
+def _missing_files(path: Path, missing: list[str]) -> tuple[str, str]:
+    """What is missing and what to do."""
+    what, hint = f"{path} has no safetensors weights: neither {SINGLE} nor {INDEX}", "download the checkpoint again"
+    if missing != [SINGLE]:
+        shown = ", ".join(missing[:3]) + (", ..." if len(missing) > 3 else "")
+        what = f"{path} lacks {len(missing)} of its shards: {shown}"
+    elif others := sorted(item.name for item in path.iterdir() if item.suffix in {".bin", ".pt", ".pth"}):
+        what = f"{path} has no safetensors weights: only {others[0]}, which would have to be unpickled"
+        hint = "a pickle can run any code: convert it to safetensors where that does no harm"
+    return what, hint
 
 
 def _read_index(path: Path) -> dict[str, str] | None:
     file = path / INDEX
     if not file.is_file():
         return None
+    check_inside(path, file)
     index = parse_json(file.read_bytes(), file, unique=True)
     weight_map = index.get("weight_map") if isinstance(index, dict) else None
     if not isinstance(weight_map, dict) or not weight_map:
@@ -308,6 +340,7 @@ def _entry(file: Path, name: str, value: object, base: int) -> TensorEntry:
     numbers = (begin, end, *shape)
     if not isinstance(dtype, str) or not all(type(number) is int and number >= 0 for number in numbers) or begin > end:
         raise CheckpointError(f"{file}: the header entry of tensor {name!r} is damaged")
+    dtype = sys.intern(dtype)  # one string for 100,000 tensors
     entry = TensorEntry(name=name, dtype=dtype, shape=shape, file=file, begin=base + begin, end=base + end)
     if dtype in _BITS and entry.numel * _BITS[dtype] != 8 * entry.nbytes:
         raise CheckpointError(f"{file}: tensor {name!r}, {dtype} {list(shape)}, cannot have {entry.nbytes} bytes")
@@ -317,19 +350,20 @@ def _entry(file: Path, name: str, value: object, base: int) -> TensorEntry:
 # --- binding --------------------------------------------------------------------------------------------------------
 
 
-def _count_experts(spec: MoESpec, config: Mapping[str, Any]) -> int:
-    counts = {key: read_count(config, key) for key in spec.count_keys if key in config}
+def _count_experts(spec: MoESpec, values: Mapping[str, Any]) -> int:
+    counts = {key: read_count(values, key) for key in spec.count_keys if key in values}
     if not counts:
-        raise UnsupportedModelError(f"config.json of this {spec.model_type} has none of {', '.join(spec.count_keys)}")
+        wanted = ", ".join(map(spec.path, spec.count_keys))
+        raise UnsupportedModelError(f"config.json of this {spec.model_type} has none of {wanted}")
     if len(set(counts.values())) > 1:
         raise LayoutError(f"config.json contradicts itself on the number of experts: {counts}")
     return next(iter(counts.values()))
 
 
-def _read_router(spec: MoESpec, config: Mapping[str, Any], num_experts: int) -> RouterShape:
+def _read_router(spec: MoESpec, values: Mapping[str, Any], num_experts: int) -> RouterShape:
     """Top-k and groups; a missing group count is refused, since engines fill it in with defaults of their own."""
-    top_k = read_count(config, spec.top_k_key)
-    n_group, topk_group = (read_count(config, key) for key in spec.group_keys) if spec.group_keys else (1, 1)
+    top_k = read_count(values, spec.top_k_key)
+    n_group, topk_group = (read_count(values, key) for key in spec.group_keys) if spec.group_keys else (1, 1)
     shape = RouterShape(num_experts=num_experts, top_k=top_k, n_group=n_group, topk_group=topk_group)
     if not 1 <= topk_group <= n_group or num_experts % n_group or not 1 <= top_k <= num_experts * topk_group // n_group:
         raise LayoutError(
@@ -341,60 +375,73 @@ def _read_router(spec: MoESpec, config: Mapping[str, Any], num_experts: int) -> 
 def _bind_layers(
     spec: MoESpec, config: Mapping[str, Any], roles: Mapping[str, TensorRole]
 ) -> tuple[list[int], list[int]]:
-    """MoE decoder layers and MTP layers, which must be exactly those that the config announces."""
-    found = {role.layer for role in roles.values() if isinstance(role, ExpertName)}
-    expected = spec.moe_layers(config)
-    announced = spec.mtp_layers(config)
+    """MoE decoder layers, which must be exactly those that the config announces, and the MTP layers that are there.
+
+    MTP layers with a prefix of their own need no announcement: not every such family has a config key for it.
+    """
+    depth, expected, announced = spec.depth(config), spec.moe_layers(config), spec.announced_mtp(config)
+    found = {role.layer for role in roles.values() if isinstance(role, ExpertName | StackedName)}
+    mtp = {role.layer for role in roles.values() if role.layer >= depth}
     if not found:
         raise UnsupportedModelError(f"this {spec.model_type} checkpoint has no routed experts", "is it a dense model?")
     absent = sorted(set(expected) - found)
-    surplus = sorted(found - set(expected) - set(announced))
+    surplus = sorted(found - set(expected) - set(mtp if spec.mtp else announced))
     if absent:
         raise LayoutError(f"layers {absent[:8]} should have routed experts and have none", "is a shard missing?")
     if surplus:
         raise LayoutError(f"layers {surplus[:8]} have routed experts that config.json does not announce")
-    return expected, [layer for layer in announced if layer in found]
+    return expected, sorted(mtp)
 
 
-def _check_experts(roles: Mapping[str, TensorRole], layers: tuple[int, ...], num_experts: int) -> None:
-    """Every layer must have experts 0..E-1, all with the same parts."""
+def _check_experts(
+    spec: MoESpec, tensors: Mapping[str, TensorEntry], roles: Mapping[str, TensorRole], num_experts: int
+) -> None:
+    """A layer must have experts 0..E-1, all with the same parts, or all of them stacked."""
     parts: dict[int, dict[int, set[str]]] = defaultdict(lambda: defaultdict(set))
-    for role in roles.values():
+    stacked: dict[int, list[str]] = defaultdict(list)
+    for name, role in roles.items():
         if isinstance(role, ExpertName):
             parts[role.layer][role.expert].add(role.after)
-    for layer in layers:
-        experts = parts[layer]
+        elif isinstance(role, StackedName):
+            _check_rows(tensors[name], role.axis, num_experts)
+            stacked[role.layer].append(role.part)
+    for layer, experts in sorted(parts.items()):
         if sorted(experts) != list(range(num_experts)):
             odd = sorted(set(experts) ^ set(range(num_experts)))
             raise LayoutError(
                 f"layer {layer} has {len(experts)} experts, config.json says {num_experts} (first odd one: {odd[0]})"
             )
-        first = experts[0]
         for expert, own in experts.items():
-            if own != first:
-                part = min(own ^ first)
+            if own != experts[0]:
+                part = min(own ^ experts[0])
                 raise LayoutError(f"layer {layer}: expert {expert} and expert 0 do not both have {part!r}")
+    for layer, names in sorted(stacked.items()):
+        if layer in parts:
+            raise LayoutError(f"layer {layer} has both single experts and the stacked {min(names)!r}")
+        for needed in spec.stacked:
+            if not any(name.startswith(spec.experts + needed) for name in names):
+                raise LayoutError(f"layer {layer} has the stacked {min(names)!r} and no {needed!r}")
 
 
 def _check_routers(
-    spec: MoESpec,
-    tensors: Mapping[str, TensorEntry],
-    roles: Mapping[str, TensorRole],
-    layers: tuple[int, ...],
-    num_experts: int,
+    spec: MoESpec, tensors: Mapping[str, TensorEntry], roles: Mapping[str, TensorRole], num_experts: int
 ) -> None:
-    """Every MoE layer must have its router tensors, with one row per expert; no other layer may have any."""
+    """Every layer with experts must have its router tensors, with one row per expert; no other layer may have any."""
+    layers = {role.layer for role in roles.values() if isinstance(role, ExpertName | StackedName)}
     parts: dict[int, set[str]] = defaultdict(set)
     for name, role in roles.items():
-        if not isinstance(role, RouterName):
-            continue
-        shape = tensors[name].shape
-        if len(shape) <= role.axis or shape[role.axis] != num_experts:
-            raise LayoutError(f"router tensor {name!r} of shape {list(shape)} has no {num_experts} rows")
-        parts[role.layer].add(role.part)
-    for layer in sorted(set(parts) | set(layers)):
-        absent = sorted(set(spec.required_router) - parts[layer])
+        if isinstance(role, RouterName):
+            _check_rows(tensors[name], role.axis, num_experts)
+            parts[role.layer].add(role.part)
+    for layer in sorted(layers | parts.keys()):
+        absent = sorted(spec.router.keys() - parts[layer])
         if layer not in layers:
             raise LayoutError(f"layer {layer} has a router and no experts")
         if absent:
             raise LayoutError(f"layer {layer} lacks the router tensor {absent[0]!r}")
+
+
+def _check_rows(entry: TensorEntry, axis: int, num_experts: int) -> None:
+    shape = list(entry.shape)
+    if len(shape) <= axis or shape[axis] != num_experts:
+        raise LayoutError(f"tensor {entry.name!r} of shape {shape} does not have {num_experts} rows along axis {axis}")

@@ -10,7 +10,10 @@ from typing import Any
 
 import numpy as np
 
+from moeprune._files import human_bytes
+from moeprune.architectures import ExpertName, RouterName, StackedName
 from moeprune.checkpoint import Checkpoint
+from moeprune.engines import ENGINES, engine_remarks, engine_verdicts
 from moeprune.errors import ConfigError, PlanError, StaleArtifactError, nearest
 from moeprune.plans import Budget, LayerPlan, MtpPolicy, PruningPlan
 from moeprune.rewrite.drop import check_plan, keep_lists, output_tensors
@@ -21,7 +24,6 @@ from moeprune.strategies.selection import select
 
 RARE = 20  # an expert seen by fewer tokens than this has a score made of noise
 SHORT = 10 * RARE  # fewer tokens than this for the average expert leave many rare ones
-ENGINES = ("transformers", "vllm", "sglang", "llama.cpp")
 Protected = Mapping[int, Set[int]]
 
 
@@ -35,7 +37,8 @@ class Decisions:
         weights: weight of each calibration domain, 1 where none is given.
         protect: experts by layer that must stay.
         guard: also keep the super experts, whatever the strategy says.
-        mtp: ``cut`` gives MTP layers the last decoder layer's keep-list, ``drop`` removes them.
+        mtp: ``cut`` cuts MTP layers to the same count, by the last decoder layer's keep-list unless the statistics
+            are of them too; ``drop`` removes them.
         target: engines that must take the result.
         seed: for strategies that draw.
     """
@@ -67,13 +70,14 @@ def make_plan(checkpoint: Checkpoint, statistics: RouterStatistics, wanted: Deci
     check_statistics(checkpoint, statistics)
     chosen, kept = check_decisions(checkpoint, wanted, domains=statistics.domains)
     protected = _union(wanted.protect or {}, super_experts(statistics) if wanted.guard else {})
+    own = [layer for layer in checkpoint.mtp_layers if wanted.mtp == "cut" and layer in statistics.layers]
     layers = {
         layer: _plan_layer(checkpoint, statistics, chosen, layer, kept, protected.get(layer, frozenset()), wanted)
-        for layer in checkpoint.moe_layers
+        for layer in (*checkpoint.moe_layers, *own)
     }
-    notes = _notes(checkpoint, statistics, kept, guard=wanted.guard)
-    if checkpoint.mtp_layers:
-        notes.append(_plan_mtp(checkpoint, layers, wanted.mtp))
+    if wanted.mtp == "cut":
+        layers |= _follow_last(checkpoint, layers)
+    notes = _notes(checkpoint, statistics, kept, wanted) + _mtp_notes(checkpoint, layers)
     plan = PruningPlan(
         layers=layers,
         config_edits={},
@@ -158,15 +162,28 @@ def _plan_layer(
     return LayerPlan(keep=selection.keep, scores=selection.scores)
 
 
-def _plan_mtp(checkpoint: Checkpoint, layers: dict[int, LayerPlan], mtp: MtpPolicy) -> str:
-    """Give MTP layers their keep-list (they are not run in calibration) or leave them out."""
-    names = ", ".join(map(str, checkpoint.mtp_layers))
-    if mtp == "drop":
-        return f"MTP layers {names} are dropped and the config's count of them is set to 0"
+def _follow_last(checkpoint: Checkpoint, layers: Mapping[int, LayerPlan]) -> dict[int, LayerPlan]:
+    """MTP layers that have no scores of their own take the last decoder layer's keep-list."""
     last = checkpoint.moe_layers[-1]
+    copied = LayerPlan(keep=layers[last].keep, copied_from=last)
+    return {layer: copied for layer in checkpoint.mtp_layers if layer not in layers}
+
+
+def _mtp_notes(checkpoint: Checkpoint, layers: Mapping[int, LayerPlan]) -> list[str]:
+    """What becomes of the MTP layers."""
+    routed = {role.layer for role in checkpoint.roles.values() if isinstance(role, ExpertName | StackedName)}
+    what: dict[str, list[int]] = {}
     for layer in checkpoint.mtp_layers:
-        layers[layer] = LayerPlan(keep=layers[last].keep, copied_from=last)
-    return f"MTP layers {names} take the keep-list of layer {last}"
+        if layer not in layers:
+            fate = "are dropped, and the config's count of them, where it has one, is set to 0"
+        elif layer not in routed:
+            fate = "have no routed experts and stay as they are"
+        elif layers[layer].copied_from is None:
+            fate = "are cut by their own scores"
+        else:
+            fate = f"take the keep-list of layer {layers[layer].copied_from}"
+        what.setdefault(fate, []).append(layer)
+    return [f"MTP layers {ranges(those)} {fate}" for fate, those in what.items()]
 
 
 def _check_protection(checkpoint: Checkpoint, protect: Protected) -> None:
@@ -216,12 +233,16 @@ def derive(checkpoint: Checkpoint, plan: PruningPlan) -> PruningPlan:
 
 
 def _size(checkpoint: Checkpoint, plan: PruningPlan) -> dict[str, Any]:
-    after = list(output_tensors(checkpoint, keep_lists(plan)))
     before = checkpoint.tensors.values()
-    size: dict[str, Any] = {"bytes": {"before": checkpoint.nbytes, "after": sum(tensor.nbytes for tensor in after)}}
-    if all(entry.dtype in _PLAIN for entry in before):
-        counts = [sum(_numel(item.shape) for item in items if "scale" not in item.name) for items in (before, after)]
-        size["parameters"] = {"before": counts[0], "after": counts[1]}
+    counted = all(entry.dtype in _PLAIN for entry in before)
+    nbytes = parameters = 0
+    for tensor in output_tensors(checkpoint, keep_lists(plan)):  # 100,000 of them: one at a time
+        nbytes += tensor.nbytes
+        parameters += _parameters(tensor.name, tensor.shape)
+    size: dict[str, Any] = {"bytes": {"before": checkpoint.nbytes, "after": nbytes}}
+    if counted:
+        total = sum(_parameters(entry.name, entry.shape) for entry in before)
+        size["parameters"] = {"before": total, "after": parameters}
     return size
 
 
@@ -229,8 +250,8 @@ def _size(checkpoint: Checkpoint, plan: PruningPlan) -> dict[str, Any]:
 _PLAIN = {"F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2"}
 
 
-def _numel(shape: Sequence[int]) -> int:
-    return int(np.prod(shape, dtype=np.int64))
+def _parameters(name: str, shape: Sequence[int]) -> int:
+    return 0 if "scale" in name else math.prod(shape)
 
 
 # --- what the plan says of itself -----------------------------------------------------------------------------------
@@ -276,19 +297,33 @@ def _coverage(statistics: RouterStatistics, layers: Mapping[int, LayerPlan]) -> 
     }
 
 
-def _notes(checkpoint: Checkpoint, statistics: RouterStatistics, kept: int, *, guard: bool) -> list[str]:
+def _notes(checkpoint: Checkpoint, statistics: RouterStatistics, kept: int, wanted: Decisions) -> list[str]:
     notes = coverage_warnings(statistics)
-    if guard and not statistics.tokens:
+    if wanted.guard and not statistics.tokens:
         notes.append("nothing was calibrated, so super experts could not be protected")
-    if checkpoint.spec.mtp_layers(checkpoint.config) and not checkpoint.mtp_layers:
+    if checkpoint.spec.announced_mtp(checkpoint.config) and not checkpoint.mtp_layers:
         notes.append("the config announces MTP layers that the checkpoint does not hold; engines may refuse it")
     if kept % 8 and kept > 8:
-        better = [count for count in (kept - kept % 8, kept + 8 - kept % 8) if not checkpoint.router.problem(count)]
-        near = min(better, key=lambda count: (abs(count - kept), -count), default=None)
-        advice = f"; {near} would not be" if near else ""
         what = "a prime number" if _is_prime(kept) else "no multiple of 8"
+        advice = _better_count(checkpoint, kept)
         notes.append(f"{kept} experts is {what}: slower or unsupported in fused kernels and expert parallelism{advice}")
+    for engine, remarks in engine_remarks(checkpoint, kept).items():
+        if engine in (wanted.target or ENGINES):
+            notes.append(f"{engine} runs {kept} experts more slowly: {'; '.join(remarks)}")
     return notes
+
+
+def _better_count(checkpoint: Checkpoint, kept: int) -> str:
+    """The nearest multiple of 8 that can be kept, and what it costs."""
+    better = [count for count in (kept - kept % 8, kept + 8 - kept % 8) if not checkpoint.router.problem(count)]
+    if not better:
+        return ""
+    near = min(better, key=lambda count: (abs(count - kept), -count))
+    cut = (ExpertName, StackedName, RouterName)
+    whole = sum(checkpoint.tensors[name].nbytes for name, role in checkpoint.roles.items() if isinstance(role, cut))
+    cost = human_bytes(abs(near - kept) * whole // checkpoint.num_experts)
+    step = f"{abs(near - kept)} experts per layer {'more' if near > kept else 'fewer'}"
+    return f"; {near} would not be, which is {step} ({cost})"
 
 
 def _is_prime(number: int) -> bool:
@@ -325,22 +360,6 @@ def _more(statistics: RouterStatistics, factor: float) -> str:
 
 
 # --- engines --------------------------------------------------------------------------------------------------------
-
-
-def engine_verdicts(checkpoint: Checkpoint, kept: int) -> dict[str, tuple[str, ...]]:
-    """Reasons why each engine would not take the result, read from the engines' sources; none means it will."""
-    verdicts: dict[str, list[str]] = {engine: [] for engine in ENGINES}
-    for engine, reasons in verdicts.items():
-        if engine not in checkpoint.spec.engines:
-            reasons.append(f"no loader for {checkpoint.spec.model_type}")
-    if kept > 512:
-        verdicts["vllm"].append("more than 512 experts")
-        verdicts["llama.cpp"].append("more than 512 experts")
-    if checkpoint.n_group > 1 and checkpoint.topk_group >= checkpoint.n_group:
-        verdicts["llama.cpp"].append("topk_group must be smaller than n_group")
-    if checkpoint.spec.mtp_layers(checkpoint.config) and not checkpoint.mtp_layers:
-        verdicts["llama.cpp"].append("the config announces MTP layers that are not there")
-    return {engine: tuple(reasons) for engine, reasons in verdicts.items()}
 
 
 def _check_target(verdicts: Mapping[str, Sequence[str]], target: Sequence[str]) -> None:

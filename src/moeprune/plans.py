@@ -6,6 +6,7 @@ Only the keep-lists steer ``apply``: edit them, keep every layer's count the sam
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -86,7 +87,8 @@ class Budget:
         kept = self.keep if self.keep is not None else shape.num_experts - self._removed(shape)
         if self.round_to < 1:
             raise ConfigError("--round-to must be at least 1")
-        kept += -kept % self.round_to
+        if self.round_to > 1:
+            kept += -kept % math.lcm(self.round_to, shape.n_group)  # every group keeps the same number
         problem = shape.problem(kept) if kept > 0 else "nothing would be left"
         if problem:
             raise ConfigError(f"cannot keep {kept} of {shape.num_experts} experts: {problem}", self._advice(shape))

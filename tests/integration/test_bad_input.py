@@ -295,7 +295,7 @@ def test_a_full_disk_is_seen_before_any_work(refuse: Refuse, monkeypatch: pytest
 
 @pytest.mark.parametrize("command", [PRUNE, "apply {base} {plan} -o out"])
 def test_a_disk_that_fills_up_leaves_nothing(refuse: Refuse, monkeypatch: pytest.MonkeyPatch, command: str) -> None:
-    """When the disk is full half-way the run fails with 1, and no folder is left, not even a hidden one."""
+    """When the disk is full in the first shard the run fails with 1, and no folder is left, not even a hidden one."""
     written = []
 
     def full(out: Any, chunk: memoryview) -> None:
@@ -303,10 +303,11 @@ def test_a_disk_that_fills_up_leaves_nothing(refuse: Refuse, monkeypatch: pytest
         if len(written) > 40:
             raise OSError(errno.ENOSPC, "No space left on device")
 
+    monkeypatch.setattr("moeprune.rewrite.copying._BUFFER", 1024)
     monkeypatch.setattr("moeprune.rewrite.shards._write_all", full)
     error, hint = refuse(command, code=FAILED)
     assert len(written) > 40
-    assert error == "No space left on device"
+    assert error == "cannot write out: No space left on device"
     assert "another -o" in hint
 
 

@@ -395,7 +395,7 @@ def test_interrupt_is_130(run: Run, base: Path, monkeypatch: pytest.MonkeyPatch)
     def interrupt(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("moeprune.rewrite.drop.copy_other_files", interrupt)
+    monkeypatch.setattr("moeprune.rewrite.drop.write_shards", interrupt)
     done = run("prune", base, "--ratio", "0.5", "--strategy", "random", "-o", "out", code=130)
     assert done.err.splitlines()[-1] == "interrupted"
     assert list(Path.cwd().iterdir()) == []

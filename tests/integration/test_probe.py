@@ -46,9 +46,10 @@ def recorded(model: PreTrainedModel) -> Iterator[dict[int, dict[str, torch.Tenso
 
     for index, layer in enumerate(model.model.layers):
         if hasattr(layer.mlp, "experts"):
+            router = layer.mlp.router if hasattr(layer.mlp, "router") else layer.mlp.gate
             hooks += [
                 layer.mlp.experts.register_forward_pre_hook(lambda _, args, index=index: before_experts(index, args)),
-                layer.mlp.gate.register_forward_hook(lambda _, __, output, index=index: after_router(index, output)),
+                router.register_forward_hook(lambda _, __, output, index=index: after_router(index, output)),
             ]
     yield seen
     for hook in hooks:
@@ -83,9 +84,7 @@ def add_token(sums: dict[str, Any], experts: Any, token: dict[str, torch.Tensor]
     sums["soft_prob_sum"] += exponentials / exponentials.sum()
     gated = {}
     for expert, gate in zip(token["index"].tolist(), token["gates"].tolist(), strict=True):
-        gate_part, up_part = (experts.gate_up_proj[expert].detach().double() @ token["hidden"].double()).chunk(2)
-        swish = gate_part / (1 + (-gate_part).exp())
-        output = (experts.down_proj[expert].detach().double() @ (swish * up_part)).numpy()
+        output = expert_output(experts, expert, token["hidden"].double()).numpy()
         norm = np.sqrt((output**2).sum())
         gated[expert] = gate * output
         sums["count"][expert] += 1
@@ -101,6 +100,17 @@ def add_token(sums: dict[str, Any], experts: Any, token: dict[str, torch.Tensor]
             sums["pair_count"][first, second] += 1
             sums["pair_gated_norm"][first, second] += np.linalg.norm(one) * np.linalg.norm(other)
             sums["gram"][first, second] += one @ other
+
+
+def expert_output(experts: Any, expert: int, hidden: torch.Tensor) -> torch.Tensor:
+    """One token through one expert's own weights, which gpt-oss lays out the other way round and with biases."""
+    gate_up, down = experts.gate_up_proj[expert].detach().double(), experts.down_proj[expert].detach().double()
+    if hasattr(experts, "gate_up_proj_bias"):
+        both = hidden @ gate_up + experts.gate_up_proj_bias[expert].detach()
+        gate, up = both[::2].clamp(max=experts.limit), both[1::2].clamp(-experts.limit, experts.limit)
+        return (up + 1) * gate / (1 + (-experts.alpha * gate).exp()) @ down + experts.down_proj_bias[expert].detach()
+    gate, up = (gate_up @ hidden).chunk(2)
+    return down @ (gate / (1 + (-gate).exp()) * up)
 
 
 def check_sums(found: moeprune.RouterStatistics, expected: Sums, domain: int = 0, tolerance: float = 1e-5) -> None:

@@ -14,7 +14,7 @@ import pytest
 import moeprune
 from moeprune.checkpoint import INDEX, open_checkpoint
 from moeprune.errors import CheckpointError, ConfigError, PlanError, StaleArtifactError, StrategyError
-from moeprune.rewrite import shards
+from moeprune.rewrite import copying, shards
 from moeprune.rewrite.drop import apply_drop
 from moeprune.statistics import STATISTICS
 
@@ -281,7 +281,7 @@ def test_a_source_that_breaks_leaves_nothing(old: bool, checkpoint_of: Checkpoin
 def test_an_interrupt_leaves_nothing(
     stage: str, checkpoint_of: CheckpointOf, ids_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Ctrl-C in the middle of copying leaves neither a folder nor anything hidden beside it."""
+    """Ctrl-C before the first shard is finished leaves neither a folder nor anything hidden beside it."""
     written = 0
     write = shards._write_all
 
@@ -294,6 +294,7 @@ def test_an_interrupt_leaves_nothing(
 
     base = checkpoint_of("qwen3_moe")
     plan = moeprune.plan(moeprune.collect(base), base, ratio=0.5, strategy="random")
+    monkeypatch.setattr(copying, "_BUFFER", 1024)
     monkeypatch.setattr(shards, "_write_all", interrupt)
     folder = tmp_path / "here"
     folder.mkdir()

@@ -24,7 +24,7 @@ PlanByHand = Callable[..., moeprune.PruningPlan]
 CheckpointOf = Callable[..., Path]
 ModelOf = Callable[..., "PreTrainedModel"]
 CASES = [
-    *((name, {}) for name in ARCHITECTURES),
+    *((name, {}) for name in ARCHITECTURES if name != "kimi_k2"),  # which transformers does not load
     ("qwen3_moe", {"dtype": "bfloat16"}),
     ("deepseek_v3", {"dtype": "bfloat16"}),
     ("qwen3_moe", {"tie_word_embeddings": True}),

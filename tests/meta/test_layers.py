@@ -21,7 +21,7 @@ LAYERS = (
     {"errors", "_files", "_version"},
     {"statistics", "plans", "architectures"},
     {"strategies", "checkpoint"},
-    {"calibration", "collectors", "rewrite", "runtime", "evaluation"},
+    {"calibration", "collectors", "rewrite", "runtime", "evaluation", "engines"},
     {"planner", "_options"},
     {"pipeline"},
     {"oneshot"},

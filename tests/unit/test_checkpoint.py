@@ -17,9 +17,10 @@ from numpy.typing import NDArray
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
-from moeprune.architectures import ExpertName, PlainName, RouterName
+from moeprune.architectures import ExpertName, PlainName, RouterName, StackedName
 from moeprune.checkpoint import Checkpoint, open_checkpoint, read_header
 from moeprune.errors import ArtifactError, CheckpointError, LayoutError, MoePruneError, UnsupportedModelError
+from moeprune.rewrite.drop import output_tensors
 
 Tensors = dict[str, NDArray[Any]]
 EXPERTS, HIDDEN, INNER = 4, 32, 64  # an expert tensor has 8 KiB, twice what enters the fingerprint
@@ -155,6 +156,21 @@ def test_the_hub_cache_layout_is_read_through_its_links(tmp_path: Path) -> None:
     checkpoint = open_checkpoint(snapshot)
     assert {entry.file.parent for entry in checkpoint.tensors.values()} == {snapshot}
     assert checkpoint.fingerprint == open_checkpoint(source).fingerprint
+
+
+@pytest.mark.parametrize("name", ["config.json", INDEX, "model-00001.safetensors"])
+def test_links_out_of_the_checkpoint_are_refused(tmp_path: Path, name: str) -> None:
+    """A link could bring any file of this machine into the output; one inside the folder, or to the folder, is fine."""
+    source, outside = write(tmp_path / "a" / "source"), tmp_path / "blobs"  # which only a snapshot may link to
+    outside.mkdir()
+    (source / name).rename(outside / name)
+    (source / name).symlink_to(outside / name)
+    refused(source, CheckpointError, f"{name} links out of the checkpoint, to {outside / name}")
+    (source / name).unlink()
+    (outside / name).rename(source / "real")
+    (source / name).symlink_to("real")
+    (tmp_path / "link").symlink_to(source)
+    assert open_checkpoint(tmp_path / "link").num_experts == EXPERTS
 
 
 # --- hostile headers ------------------------------------------------------------------------------------------------
@@ -338,7 +354,8 @@ def test_weights_that_are_no_safetensors(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(QWEN))
     refused(tmp_path, CheckpointError, r"neither model\.safetensors nor")
     (tmp_path / "pytorch_model.bin").write_bytes(b"\x80\x04")
-    refused(tmp_path, CheckpointError, r"only pytorch_model\.bin, which would have to be unpickled")
+    error = refused(tmp_path, CheckpointError, r"only pytorch_model\.bin, which would have to be unpickled")
+    assert "convert it to safetensors" in error.hint
 
 
 def test_an_index_that_contradicts_the_shards(tmp_path: Path) -> None:
@@ -455,8 +472,8 @@ LAYER = "model.layers.1."
         ("mlp.experts.2.up_proj.", {}, "layer 1: expert 2 and expert 0 do not both have 'up_proj.weight'"),
         ("?", {"mlp.experts.3.up_proj.scale": [1]}, "layer 1: expert 3 and expert 0 do not both have 'up_proj.scale'"),
         ("mlp.gate.weight", {}, "layer 1 lacks the router tensor 'mlp.gate.weight'"),
-        ("?", {"mlp.gate.weight": [3, HIDDEN]}, r"'model.layers.1.mlp.gate.weight' of shape \[3, 32\] has no 4 rows"),
-        ("?", {"mlp.gate.weight": []}, r"of shape \[\] has no 4 rows"),
+        ("?", {"mlp.gate.weight": [3, 32]}, r"1.mlp.gate.weight' of shape \[3, 32\] does not have 4 rows along axis 0"),
+        ("?", {"mlp.gate.weight": []}, r"of shape \[\] does not have 4 rows along axis 0"),
         ("?", {"mlp.router.weight": [4]}, "tensor 'model.layers.1.mlp.router.weight' looks like part of an expert"),
     ],
 )
@@ -478,6 +495,123 @@ def test_a_router_without_its_bias_is_refused(tmp_path: Path) -> None:
     tensors = model_tensors(DEEPSEEK)
     del tensors["model.layers.2.mlp.gate.e_score_correction_bias"]
     refused(write(tmp_path, DEEPSEEK, tensors), LayoutError, "layer 2 lacks the router tensor 'mlp.gate.e_score_corr")
+
+
+def stacked_layer(**changes: list[int]) -> Tensors:
+    """The experts of layer 1 in one tensor each; a change gives another shape, or takes a tensor out."""
+    shapes = {"gate_up_proj": [EXPERTS, INNER, HIDDEN], "down_proj": [EXPERTS, HIDDEN, INNER]} | changes
+    rng = np.random.default_rng(9)
+    return {
+        f"{LAYER}mlp.experts.{name}": rng.random(shape, dtype=np.float32) for name, shape in shapes.items() if shape
+    }
+
+
+def without_experts() -> Tensors:
+    """A Qwen3-MoE that lacks the experts of layer 1."""
+    return {name: value for name, value in model_tensors(QWEN).items() if f"{LAYER}mlp.experts" not in name}
+
+
+def test_experts_may_be_stacked(tmp_path: Path) -> None:
+    """A layer whose experts are one tensor each, next to one of single experts; companions have rows too."""
+    extra = stacked_layer(down_proj_scale_inv=[EXPERTS, 1])
+    checkpoint = open_checkpoint(write(tmp_path, QWEN, without_experts() | extra))
+    assert checkpoint.moe_layers == (0, 1)
+    for name in extra:
+        assert checkpoint.roles[name] == StackedName(layer=1, part=name.removeprefix(LAYER))
+
+
+@pytest.mark.parametrize(
+    ("extra", "why"),
+    [
+        (stacked_layer(down_proj=[]), "layer 1 has the stacked 'mlp.experts.gate_up_proj' and no 'down_proj'"),
+        (stacked_layer(down_proj=[3, 2, 2]), r"down_proj' of shape \[3, 2, 2\] does not have 4 rows along axis 0"),
+        (stacked_layer(down_proj_input_scale=[1]), r"input_scale' of shape \[1\] does not have 4 rows"),
+        (
+            stacked_layer() | {f"{LAYER}mlp.experts.{expert}.up_proj.weight": np.zeros(2) for expert in range(EXPERTS)},
+            "layer 1 has both single experts and the stacked 'mlp.experts.down_proj'",
+        ),
+    ],
+)
+def test_a_stack_that_is_not_whole(tmp_path: Path, extra: Tensors, why: str) -> None:
+    """What is cut along its rows must have them, and nothing of a layer may be left over."""
+    refused(write(tmp_path, QWEN, without_experts() | extra), LayoutError, why)
+
+
+ERNIE = {"model_type": "ernie4_5_moe", "num_hidden_layers": 1, "moe_num_experts": EXPERTS, "moe_k": 2}
+
+
+@pytest.mark.parametrize(("shape", "fits"), [([1, EXPERTS], True), ([EXPERTS], False), ([EXPERTS, 1], False)])
+def test_rows_may_lie_along_the_second_axis(tmp_path: Path, shape: list[int], fits: bool) -> None:
+    """The bias of ERNIE is [1, E]; one that lies otherwise would be cut wrongly."""
+    tensors = layer_tensors(0, np.random.default_rng(1))
+    tensors["model.layers.0.mlp.moe_statics.e_score_correction_bias"] = np.zeros(shape, np.float32)
+    folder = write(tmp_path, ERNIE | {"moe_layer_start_index": 0}, tensors)
+    if fits:
+        assert open_checkpoint(folder).top_k == 2
+    else:
+        refused(folder, LayoutError, "does not have 4 rows along axis 1")
+
+
+NEXT = QWEN | {"model_type": "qwen3_next"}
+NESTED = {"model_type": "qwen3_5_moe", "text_config": QWEN | {"mtp_num_hidden_layers": 1}, "num_experts": 99}
+
+
+@pytest.mark.parametrize("config", [NEXT, NESTED], ids=["qwen3_next", "qwen3_5_moe"])
+def test_mtp_layers_at_the_top_level(tmp_path: Path, config: dict[str, Any]) -> None:
+    """They come after the last decoder layer with all that belongs to them, announced or not, nested config or not."""
+    prefix = "model.language_model." if config is NESTED else "model."
+    tensors = {name.replace("model.", prefix, 1): value for name, value in model_tensors(QWEN).items()}
+    mtp = {name.replace("model.", "mtp."): value for name, value in layer_tensors(0, np.random.default_rng(2)).items()}
+    tensors |= mtp | {"mtp.fc.weight": np.zeros(2, np.float32)}
+    checkpoint = open_checkpoint(write(tmp_path / "whole", config, tensors))
+    assert (checkpoint.num_experts, checkpoint.top_k) == (EXPERTS, 2)
+    assert (checkpoint.moe_layers, checkpoint.mtp_layers) == ((0, 1), (2,))
+    assert {checkpoint.roles[name].layer for name in tensors if name.startswith("mtp.")} == {2}
+    del tensors["mtp.layers.0.mlp.experts.3.up_proj.weight"]
+    refused(write(tmp_path / "broken", config, tensors), LayoutError, "layer 2: expert 3 and expert 0 do not both have")
+
+
+ODD = ["experts", "mlp", "0", "3", "4", "01", "-1", "mtp", "gate", "layers", "2", "weight", "x", "", "gate_up_proj"]
+
+
+@st.composite
+def renamed_tensors(draw: st.DrawFn) -> Tensors:
+    """The tensors of a Qwen3-Next with an MTP layer, some of them renamed, left out or given another shape."""
+    tensors = {name: np.zeros(value.shape[:1], np.uint8) for name, value in model_tensors(QWEN).items()}
+    extra = layer_tensors(0, np.random.default_rng(0))
+    tensors |= {name.replace("model.", "mtp."): np.zeros(value.shape[:1], np.uint8) for name, value in extra.items()}
+    for name in draw(st.lists(st.sampled_from(sorted(tensors)), max_size=2, unique=True)):
+        value = tensors.pop(name)
+        match draw(st.sampled_from(["rename", "insert", "drop", "shape"])):
+            case "rename":
+                parts = name.split(".")
+                parts[draw(st.integers(0, len(parts) - 1))] = draw(st.sampled_from(ODD))
+                tensors[".".join(parts)] = value
+            case "insert":
+                parts = name.split(".")
+                parts.insert(draw(st.integers(0, len(parts))), draw(st.sampled_from(ODD)))
+                tensors[".".join(parts)] = value
+            case "shape":
+                tensors[name] = np.zeros(draw(st.sampled_from([(), (3,), (5,), (1, EXPERTS)])), np.uint8)
+    return tensors
+
+
+@settings(deadline=None, max_examples=150)
+@given(renamed_tensors())
+def test_odd_tensors_are_refused_or_cut_to_a_sound_checkpoint(tensors: Tensors) -> None:
+    """What opens can be cut by any keep-lists, and the result opens with the new count and no tensor of the old one."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = write(Path(name) / "base", NEXT, tensors, shards=1)
+        try:
+            checkpoint = open_checkpoint(folder)
+        except MoePruneError:
+            return
+        keep = dict.fromkeys(checkpoint.all_moe_layers, (0, 2))
+        out = {tensor.name: np.zeros(tensor.shape, np.uint8) for tensor in output_tensors(checkpoint, keep)}
+        pruned = open_checkpoint(write(Path(name) / "out", NEXT | {"num_experts": 2}, out, shards=1))
+        assert (pruned.moe_layers, pruned.mtp_layers) == (checkpoint.moe_layers, checkpoint.mtp_layers)
+        lost = {tensor for tensor, role in checkpoint.roles.items() if isinstance(role, ExpertName) and role.expert > 1}
+        assert len(pruned.tensors) == len(checkpoint.tensors) - len(lost)
 
 
 # --- the fingerprint ------------------------------------------------------------------------------------------------
@@ -516,6 +650,18 @@ def test_the_fingerprint_sees_routers_and_the_middle_of_experts(
     assert before.fingerprint == open_checkpoint(folder).fingerprint
     flip(before, name, offset)
     assert (open_checkpoint(folder).fingerprint != before.fingerprint) is changes
+
+
+@pytest.mark.parametrize("expert", range(EXPERTS))
+def test_the_fingerprint_sees_every_expert_of_a_stack(tmp_path: Path, expert: int) -> None:
+    """4 KiB from the middle of each, as if it were a tensor of its own."""
+    before = open_checkpoint(write(tmp_path, QWEN, without_experts() | stacked_layer()))
+    name, width = f"{LAYER}mlp.experts.down_proj", INNER * HIDDEN * 4
+    middle = (expert + 0.5 - EXPERTS / 2) * width
+    flip(before, name, int(middle) - width // 2)  # its first byte
+    assert open_checkpoint(tmp_path).fingerprint == before.fingerprint
+    flip(before, name, int(middle))
+    assert open_checkpoint(tmp_path).fingerprint != before.fingerprint
 
 
 def test_the_fingerprint_sees_config_names_types_and_shapes(tmp_path: Path) -> None:

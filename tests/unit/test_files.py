@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import shutil
 import stat
+import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -40,13 +42,6 @@ def contents(folder: Path) -> dict[str, str]:
 def fail(*_: object) -> None:
     """A system call on a broken disk."""
     raise OSError(5, "Input/output error")
-
-
-def fill_and_raise(target: Path, error: type[BaseException], *, overwrite: bool) -> None:
-    """Work on an output folder that goes wrong half-way."""
-    with _files.output_folder(target, overwrite=overwrite) as staging:
-        (staging / "half").write_text("x")
-        raise error
 
 
 # --- JSON -----------------------------------------------------------------------------------------------------------
@@ -124,6 +119,14 @@ def test_repeated_names_are_refused_where_they_must_be_unique() -> None:
     with pytest.raises(ArtifactError, match="f is not valid JSON: 'x' is there twice"):
         _files.parse_json(text, "f", unique=True)
     assert _files.parse_json('{"a": {"x": 1}, "b": {"x": 1}}', "f", unique=True) == {"a": {"x": 1}, "b": {"x": 1}}
+
+
+def test_an_object_that_is_never_held_reads_the_same() -> None:
+    """Rows that are made one by one give the text of the object they make up, also when there are none."""
+    rows = {f"tensor {number}": "x" * number for number in range(5)}
+    for content in (rows, {}):
+        pieces = _files.json_pieces({"a": [1, 2], "rows": iter(content.items()), "z": [{"b": 1}]})
+        assert "".join(pieces) == _files.to_json({"a": [1, 2], "rows": content, "z": [{"b": 1}]})
 
 
 # --- artifacts ------------------------------------------------------------------------------------------------------
@@ -225,123 +228,7 @@ def test_output_files_are_replaced_only_on_demand(tmp_path: Path) -> None:
         _files.check_output_file(tmp_path, overwrite=True)
 
 
-# --- a folder -------------------------------------------------------------------------------------------------------
-
-
-def test_a_folder_appears_when_the_block_ends(tmp_path: Path) -> None:
-    """Until then only a hidden sibling exists; afterwards only the folder."""
-    target = tmp_path / "deep" / "out"
-    with _files.output_folder(target) as staging:
-        (staging / "sub").mkdir()
-        (staging / "sub" / "a").write_text("1")
-        assert staging.parent == target.parent
-        assert staging.name.startswith(".")
-        assert not target.exists()
-    assert contents(tmp_path) == {"deep/out/sub/a": "1"}
-    (tmp_path / "plain").mkdir()
-    assert stat.S_IMODE(target.stat().st_mode) == stat.S_IMODE((tmp_path / "plain").stat().st_mode)
-
-
-@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
-@pytest.mark.parametrize("overwrite", [False, True])
-def test_a_block_that_fails_leaves_everything_as_it_was(
-    tmp_path: Path, error: type[BaseException], overwrite: bool
-) -> None:
-    """No half-written folder, and an old one keeps its content."""
-    target = tmp_path / "out"
-    before = {}
-    if overwrite:
-        target.mkdir()
-        (target / "old").write_text("kept")
-        before = {"out/old": "kept"}
-    with pytest.raises(error):
-        fill_and_raise(target, error, overwrite=overwrite)
-    assert contents(tmp_path) == before
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["out"][: len(before)]
-
-
-def test_the_old_folder_stays_until_the_new_one_is_whole(tmp_path: Path) -> None:
-    """Overwriting replaces everything, at the very end."""
-    target = tmp_path / "out"
-    target.mkdir()
-    (target / "old").write_text("1")
-    with _files.output_folder(target, overwrite=True) as staging:
-        (staging / "new").write_text("2")
-        assert contents(target) == {"old": "1"}
-    assert contents(tmp_path) == {"out/new": "2"}
-
-
-@pytest.mark.parametrize("call", [1, 2])
-@pytest.mark.parametrize("error", [OSError(5, "broken"), KeyboardInterrupt()])
-def test_a_failure_while_names_are_swapped_restores_the_old_folder(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: int, error: BaseException
-) -> None:
-    """Between the two renames the old folder has no name: neither an error nor Ctrl-C may cost it."""
-    rename, calls = os.rename, []
-
-    def unlucky(source: Path, target: Path) -> None:
-        calls.append(source)
-        if len(calls) == call:
-            raise error
-        rename(source, target)
-
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "old").write_text("1")
-    monkeypatch.setattr(os, "rename", unlucky)
-    with (
-        pytest.raises(type(error)),
-        _files.output_folder(tmp_path / "out", overwrite=True) as staging,
-    ):
-        (staging / "new").write_text("2")
-    assert contents(tmp_path) == {"out/old": "1"}
-    assert [path.name for path in tmp_path.iterdir()] == ["out"]
-
-
-def test_output_folders_that_cannot_be_used_are_refused(tmp_path: Path) -> None:
-    """A non-empty folder without --overwrite, a file, and a place nothing can be renamed to."""
-    (tmp_path / "full").mkdir()
-    (tmp_path / "full" / "a").touch()
-    (tmp_path / "empty").mkdir()
-    (tmp_path / "file").touch()
-    _files.check_output_folder(tmp_path / "empty", overwrite=False)
-    _files.check_output_folder(tmp_path / "none", overwrite=False)
-    _files.check_output_folder(tmp_path / "full", overwrite=True)
-    with pytest.raises(ConfigError, match=r"full is not empty .*--overwrite"):
-        _files.check_output_folder(tmp_path / "full", overwrite=False)
-    with pytest.raises(ConfigError, match="file exists and is not a folder"):
-        _files.check_output_folder(tmp_path / "file", overwrite=True)
-    with pytest.raises(ConfigError, match="/ is a mount point"):
-        _files.check_output_folder("/", overwrite=True)
-    with pytest.raises(ConfigError, match=r"cannot create .*below"), _files.output_folder(tmp_path / "file" / "below"):
-        pass
-
-
-def test_a_link_to_a_folder_is_written_through(tmp_path: Path) -> None:
-    """A link to another disk must not turn into a folder on this one."""
-    real = tmp_path / "disk" / "real"
-    real.mkdir(parents=True)
-    (tmp_path / "out").symlink_to(real)
-    with _files.output_folder(tmp_path / "out") as staging:
-        assert staging.parent == real.parent
-        (staging / "a").write_text("1")
-    assert (tmp_path / "out").is_symlink()
-    assert contents(real) == {"a": "1"}
-
-
-def test_files_of_a_finished_folder_reach_the_device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every file and folder is flushed before the rename, so that a power cut leaves no empty file under its name."""
-    flushed: list[str] = []
-    fsync = os.fsync
-
-    def record(descriptor: int) -> None:
-        flushed.append(Path(f"/proc/self/fd/{descriptor}").readlink().name)
-        fsync(descriptor)
-
-    monkeypatch.setattr(os, "fsync", record)
-    with _files.output_folder(tmp_path / "out") as staging:
-        (staging / "sub").mkdir()
-        (staging / "sub" / "config.json").write_text("{}")
-    assert {"sub", "config.json", tmp_path.name} <= set(flushed)
+# --- disks ---------------------------------------------------------------------------------------------------------
 
 
 def test_too_little_space_is_refused_before_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -360,6 +247,15 @@ def test_too_little_space_is_refused_before_work(tmp_path: Path, monkeypatch: py
         _files.check_free_space(tmp_path / "link", 4_001)
     assert asked == [tmp_path, tmp_path / "disk"]
     assert caught.value.hint
+
+
+def test_remarks_go_to_stderr_unless_quiet(capsys: pytest.CaptureFixture[str]) -> None:
+    """One line with a mark, or nothing."""
+    _files.note("a remark")
+    token = _files.quiet.set(True)
+    _files.note("another")
+    _files.quiet.reset(token)
+    assert capsys.readouterr() == ("", "note: a remark\n")
 
 
 # --- the rest -------------------------------------------------------------------------------------------------------
@@ -393,6 +289,24 @@ def test_work_begins_once_and_is_forgotten_by_the_next_command() -> None:
     assert _files.work_begun()
     _files.reset_work()
     assert not _files.work_begun()
+
+
+def test_a_byte_bar_counts_what_an_earlier_run_did(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The share that is done includes it; rate and time left are those of this run alone."""
+
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    with _files.byte_bar("copying", 4_000_000, done=3_000_000) as bar:
+        bar.update(500_000)
+        bar.refresh()
+        shown = bar.format_dict
+    assert (shown["n"], shown["total"], shown["initial"]) == (3_500_000, 4_000_000, 3_000_000)
+    assert "88%" in terminal.getvalue()
+    assert "3.50M/4.00M" in terminal.getvalue()
 
 
 def test_progress_is_silent_without_a_terminal(capsys: pytest.CaptureFixture[str]) -> None:

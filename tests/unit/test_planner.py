@@ -14,16 +14,9 @@ from numpy.typing import NDArray
 from safetensors.numpy import save_file
 
 from moeprune.checkpoint import Checkpoint, open_checkpoint
+from moeprune.engines import engine_remarks, engine_verdicts
 from moeprune.errors import ConfigError, PlanError, StaleArtifactError, StrategyError
-from moeprune.planner import (
-    RARE,
-    Decisions,
-    coverage_warnings,
-    derive,
-    engine_verdicts,
-    make_plan,
-    preview,
-)
+from moeprune.planner import RARE, Decisions, coverage_warnings, derive, make_plan, preview
 from moeprune.plans import Budget, LayerPlan
 from moeprune.rewrite.drop import apply_drop
 from moeprune.statistics import STATISTICS, RouterStatistics
@@ -234,6 +227,18 @@ def test_mtp_layers_take_the_last_keep_list(with_mtp: Checkpoint) -> None:
     assert any("MTP layers 2 take the keep-list of layer 1" in note for note in plan.notes)
 
 
+def test_mtp_layers_that_were_measured_are_cut_by_their_own_scores(with_mtp: Checkpoint) -> None:
+    """Statistics of the MTP layer decide on it, and the plan says so."""
+    statistics = statistics_of(with_mtp)
+    own = dict(statistics.layers[0]) | {"count": statistics.layers[0]["count"][:, ::-1]}
+    statistics = dataclasses.replace(statistics, layers=statistics.layers | {2: own})
+    plan = make_plan(with_mtp, statistics, wanted(guard=False))
+    assert plan.layers[2].keep == tuple(range(8)) != plan.layers[1].keep
+    assert plan.layers[2].copied_from is None
+    assert any("MTP layers 2 are cut by their own scores" in note for note in plan.notes)
+    assert sorted(make_plan(with_mtp, statistics, wanted(mtp="drop")).layers) == [0, 1]
+
+
 def test_mtp_layers_can_be_dropped(with_mtp: Checkpoint) -> None:
     """Dropped, they are in no layer of the plan and the config announces none."""
     plan = make_plan(with_mtp, statistics_of(with_mtp), wanted(mtp="drop"))
@@ -253,11 +258,75 @@ def test_announced_mtp_layers_that_are_missing_are_pointed_out(tmp_path: Path) -
 
 
 def test_engines_without_a_loader_say_so(checkpoint: Checkpoint) -> None:
-    """An engine that does not know the architecture, or not so many experts, is named with the reason."""
+    """An engine that does not know the architecture is named with the reason."""
     narrow = dataclasses.replace(checkpoint, spec=dataclasses.replace(checkpoint.spec, engines=("transformers",)))
     assert engine_verdicts(narrow, 8)["vllm"] == ("no loader for qwen3_moe",)
     assert engine_verdicts(checkpoint, 8) == dict.fromkeys(("transformers", "vllm", "sglang", "llama.cpp"), ())
-    assert engine_verdicts(checkpoint, 513)["vllm"] == ("more than 512 experts",)
+    with pytest.raises(PlanError, match="vllm would not take the result: no loader for qwen3_moe"):
+        make_plan(narrow, statistics_of(narrow), wanted(target=("vllm",)))
+
+
+SHAPES = {  # by name: experts that stay, top-k, groups, groups that a token may use
+    "sound": (128, 8, 8, 4),
+    "no groups": (96, 8, 1, 1),
+    "uneven": (100, 8, 8, 4),
+    "one per group": (8, 4, 8, 4),
+    "out of reach": (16, 9, 8, 4),
+    "top-k of all": (4, 6, 1, 1),
+    "too many": (513, 8, 1, 1),
+    "all groups": (128, 8, 8, 8),
+}
+
+
+@pytest.mark.parametrize(
+    ("shape", "expected"),
+    [
+        ("sound", {}),
+        ("no groups", {}),
+        ("uneven", {"transformers": "divide", "vllm": "without groups", "sglang": "reach", "llama.cpp": "divide"}),
+        ("one per group", {"transformers": "two best experts", "vllm": "without groups, silently"}),
+        ("out of reach", {"transformers": "masked", "vllm": "reach", "sglang": "reach", "llama.cpp": "reach"}),
+        ("top-k of all", {"transformers": "reach", "vllm": "reach", "sglang": "reach", "llama.cpp": "reach"}),
+        ("too many", {"llama.cpp": "more than 512"}),
+        ("all groups", {"llama.cpp": "topk_group must be smaller"}),
+    ],
+)
+def test_what_each_engine_refuses(checkpoint: Checkpoint, shape: str, expected: dict[str, str]) -> None:
+    """The constraints of every engine, whether it stops or routes otherwise without a word."""
+    kept, top_k, n_group, topk_group = SHAPES[shape]
+    asked = dataclasses.replace(checkpoint, num_experts=600, top_k=top_k, n_group=n_group, topk_group=topk_group)
+    found = {engine: "; ".join(reasons) for engine, reasons in engine_verdicts(asked, kept).items() if reasons}
+    assert found.keys() == expected.keys()
+    assert all(expected[engine] in reasons for engine, reasons in found.items())
+
+
+@pytest.mark.parametrize(
+    ("experts", "kept", "slower"),
+    [
+        (256, 128, set()),
+        (256, 96, {"vllm", "llama.cpp"}),
+        (256, 192, {"llama.cpp"}),
+        (256, 126, {"vllm", "llama.cpp"}),
+        (96, 88, set()),  # lost before pruning
+        (96, 86, {"vllm"}),  # no multiple of 4
+    ],
+)
+def test_kernels_that_are_lost_are_pointed_out(
+    checkpoint: Checkpoint, experts: int, kept: int, slower: set[str]
+) -> None:
+    """Only what pruning takes away, and with a target only of the engines in it."""
+    asked = dataclasses.replace(checkpoint, num_experts=experts)
+    assert set(engine_remarks(asked, kept)) == slower
+    grouped = dataclasses.replace(asked, n_group=2, topk_group=1)
+    assert ("sglang" in engine_remarks(grouped, kept)) is (experts == 256 and kept != 128)
+
+
+def test_remarks_follow_the_target(tmp_path: Path) -> None:
+    """Of an engine that nobody asked for nothing is said."""
+    checkpoint = write_checkpoint(tmp_path / "base", QWEN)
+    notes = preview(checkpoint, wanted(keep=12)).notes
+    assert any("llama.cpp runs 12 experts more slowly: its fused CUDA top-k wants" in note for note in notes)
+    assert not any("llama.cpp" in note for note in preview(checkpoint, wanted(keep=12, target=("vllm",))).notes)
 
 
 # --- what the plan says of itself -----------------------------------------------------------------------------------
@@ -311,17 +380,35 @@ def test_a_preview_names_the_wanted_strategy(checkpoint: Checkpoint) -> None:
 
 
 @pytest.mark.parametrize(
+    ("budget", "kept"),
+    [
+        (Budget(keep=7, round_to=8), 8),
+        (Budget(keep=9, round_to=8), 24),  # 16 do not divide over 3 groups
+        (Budget(ratio="0.7", round_to=4), 24),  # of 15
+        (Budget(keep=9), 9),
+    ],
+)
+def test_rounding_keeps_groups_equal(tmp_path: Path, budget: Budget, kept: int) -> None:
+    """The count is rounded up to the next one that is a multiple and that every group can share."""
+    checkpoint = write_checkpoint(tmp_path / "base", GROUPED | {"n_routed_experts": 48, "n_group": 3})
+    if budget.keep == 7:
+        checkpoint = dataclasses.replace(checkpoint, n_group=1, topk_group=1)
+    assert preview(checkpoint, wanted(budget=budget)).kept == kept
+
+
+@pytest.mark.parametrize(
     ("keep", "what", "better"),
     [
-        (13, "13 experts is a prime number", "16 would not be"),
-        (12, "12 experts is no multiple of 8", "16 would not be"),
-        (20, "20 experts is no multiple of 8", "16 would not be"),  # 24 are all of them
+        # a router row of 16 bytes and three tensors of 48 in each of two layers: 320 bytes an expert
+        (13, "13 experts is a prime number", "16 would not be, which is 3 experts per layer more (960 B)"),
+        (12, "12 experts is no multiple of 8", "16 would not be, which is 4 experts per layer more (1.3 kB)"),
+        (20, "20 experts is no multiple of 8", "16 would not be, which is 4 experts per layer fewer (1.3 kB)"),
     ],
 )
 def test_counts_that_kernels_dislike_are_noted(tmp_path: Path, keep: int, what: str, better: str) -> None:
-    """A prime or odd count is a note that names the nearest better one that can be kept."""
+    """A prime or odd count is a note that names the nearest better one that can be kept, and what that costs."""
     checkpoint = write_checkpoint(tmp_path / "base", QWEN | {"num_experts": 24})
-    [note] = preview(checkpoint, wanted(keep=keep)).notes
+    note = preview(checkpoint, wanted(keep=keep)).notes[0]
     assert what in note
     assert better in note
     assert preview(checkpoint, wanted(keep=16)).notes == []

@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moeprune.errors import PlanError
-from moeprune.rewrite.raw_config import edit_json
+from moeprune.errors import LayoutError, PlanError
+from moeprune.rewrite.raw_config import edit_json, edit_names
 
 KEYS = st.sampled_from(["num_experts", "n_routed_experts", "num", "x", 'quo"te', "ünï", "a\\b"]) | st.text(
     st.characters(exclude_characters=".", exclude_categories=["Cs"]), max_size=5
@@ -131,3 +131,78 @@ def test_a_missing_key_is_an_error(text: str, key: str) -> None:
     """Adding a key would be a different edit than the plan says."""
     with pytest.raises(PlanError, match=rf"config\.json has no '{key}' to edit"):
         edit_json(text, {key: 1})
+
+
+# --- names in lists and keys ----------------------------------------------------------------------------------------
+
+LISTS = """{
+  "ignore": [ "a1",\t"keep", "a2" ,
+     "a3"],  "nested": {"list": [["a4"], {"a5": {"bits" : 4}, "b": "a1x"}], "a6":[1,2] , "z": 1.50},
+  "x": "other"
+}
+
+"""
+
+
+def drop_and_shift(name: str) -> str | None:
+    """Names a1, a2, ...: even ones go, odd ones become half as large."""
+    number = int(name[1:]) if name[:1] == "a" and name[1:].isdigit() else 0
+    return name if not number else None if number % 2 == 0 else f"a{number // 2}"
+
+
+def test_names_are_changed_and_taken_out_with_their_comma() -> None:
+    """Items of lists and keys with their values go; spaces, other values and longer names stay as they are."""
+    found = edit_names(LISTS, drop_and_shift, "config.json")
+    assert (
+        found
+        == """{
+  "ignore": [ "a0",\t"keep", "a1"],  "nested": {"list": [[], {"a2": {"bits" : 4}, "b": "a1x"}], "z": 1.50},
+  "x": "other"
+}
+
+"""
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ('{"l": ["a2"]}', '{"l": []}'),
+        ('{"l": [ "a2", "a4" ]}', '{"l": [  ]}'),
+        ('{"l": ["a2", "k"]}', '{"l": ["k"]}'),
+        ('{"l": ["k", "a2"]}', '{"l": ["k"]}'),
+        ('{"l": ["k" , "a2", "a4"]}', '{"l": ["k"]}'),
+        ('{"l": ["a2", "k", "a4", "m", "a6"]}', '{"l": ["k", "m"]}'),
+        ('{"a2": 1}', "{}"),
+        ('{"a2": ["a3"], "a1": "a3"}', '{"a0": "a1"}'),
+        ('{"caf\\u00e9": ["\\u0061" , "a1"]}', '{"caf\\u00e9": ["\\u0061" , "a0"]}'),
+    ],
+)
+def test_what_is_left_is_json(text: str, expected: str) -> None:
+    """First, last and all items can go, and what is left can be read."""
+    assert edit_names(text, drop_and_shift, "config.json") == expected
+    json.loads(expected)
+
+
+@settings(deadline=None)
+@given(objects())
+def test_only_names_change(drawn: tuple[list[Pair], list[str]]) -> None:
+    """Any object, in any formatting: no name, no change; and every name gone leaves an object that can be read."""
+    text = render(*drawn)
+    assert edit_names(text, lambda name: name, "config.json") == text
+    assert json.loads(edit_names(text, lambda _: None, "config.json")) == {}
+    longer = json.loads(edit_names(text, lambda name: f"{name}!", "config.json"))
+    assert set(longer) == {f"{name}!" for name in json.loads(text)}
+
+
+def test_a_value_cannot_go() -> None:
+    """A name that is the value of a key has no place to be taken out of."""
+    with pytest.raises(LayoutError, match=r'config\.json has "a2" as a value'):
+        edit_names('{"module": "a2"}', drop_and_shift, "config.json")
+    assert edit_names('{"module": "a3"}', drop_and_shift, "config.json") == '{"module": "a1"}'
+
+
+def test_absurd_nesting_is_refused() -> None:
+    """The reader runs out of stack and says so in one line."""
+    with pytest.raises(LayoutError, match="nested too deeply"):
+        edit_names('{"a":' + "[" * 5000 + "]" * 5000 + "}", drop_and_shift, "config.json")

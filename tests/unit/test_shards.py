@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import itertools
 import json
+import os
 import shutil
 import tempfile
 from collections.abc import Sequence
@@ -17,17 +19,9 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 
 from moeprune.errors import CheckpointError, ConfigError
-from moeprune.rewrite import shards as module
-from moeprune.rewrite.shards import (
-    OutputTensor,
-    Segment,
-    assign_shards,
-    copy_other_files,
-    other_files,
-    parse_size,
-    tensor_digest,
-    write_shards,
-)
+from moeprune.rewrite import copying
+from moeprune.rewrite.copying import OutputTensor, Reader, Segment, copied_on_server, in_threads, joined
+from moeprune.rewrite.shards import Layout, Remade, copy_other_files, lay_out, other_files, parse_size, write_shards
 
 SOURCE_BYTES = np.random.default_rng(1).integers(0, 256, 512, dtype=np.uint8).tobytes()
 Ranges = list[tuple[int, int, int]]
@@ -120,51 +114,74 @@ LAYOUTS = st.lists(RANGES, min_size=1, max_size=8)
 def test_shards_are_filled_in_order_and_never_overfull(layout: Sequence[Ranges], largest: int) -> None:
     """Order is kept; a shard above the limit holds one tensor; each next tensor would not have fitted before."""
     tensors = [tensor(Path(), f"t{number}", ranges) for number, ranges in enumerate(layout)]
-    shards = assign_shards(tensors, largest)
+    laid = lay_out(Remade(lambda: iter(tensors)), largest)
+    shards = [items for _, items in laid.filled()]
     assert list(itertools.chain.from_iterable(shards)) == tensors
     sizes = [sum(item.nbytes for item in shard) for shard in shards]
+    assert [(shard.count, shard.nbytes) for shard in laid.shards] == list(zip(map(len, shards), sizes, strict=True))
+    assert (laid.count, laid.nbytes) == (len(tensors), sum(sizes))
     assert all(size <= largest or len(shard) == 1 for size, shard in zip(sizes, shards, strict=True))
     assert all(size + shard[0].nbytes > largest for size, shard in zip(sizes, shards[1:], strict=False))
 
 
+@settings(deadline=None)
+@given(RANGES.map(lambda ranges: ranges * 2), RANGES)
+def test_neighbouring_ranges_are_read_as_one(first: Ranges, second: Ranges) -> None:
+    """The bytes stay the same and no two ranges that follow on each other are left."""
+    tensors = [tensor(Path(), "a", first), tensor(Path(), "b", second)]
+    split = [(segment.file, byte) for item in tensors for segment in item.segments for byte in span(segment)]
+    found = list(joined(tensors))
+    assert [(segment.file, byte) for segment in found for byte in span(segment)] == split
+    assert all(one.file != two.file or one.end != two.begin for one, two in itertools.pairwise(found))
+
+
+def span(segment: Segment) -> range:
+    """The bytes of a segment."""
+    return range(segment.begin, segment.end)
+
+
 @settings(deadline=None, max_examples=60)
-@given(LAYOUTS, st.integers(1, 200), st.integers(1, 40))
-def test_what_is_written_is_what_the_segments_say(layout: Sequence[Ranges], largest: int, buffer: int) -> None:
-    """Any tensors, segments, shard size and buffer: the library reads the source's bytes, digests and index agree."""
+@given(LAYOUTS, st.integers(1, 200), st.integers(1, 40), st.booleans())
+def test_what_is_written_is_what_the_segments_say(
+    layout: Sequence[Ranges], largest: int, buffer: int, server: bool
+) -> None:
+    """Any tensors, segments, shard size and buffer, copied by us or by the system: the library reads the same bytes."""
     with tempfile.TemporaryDirectory() as name, pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "_BUFFER", buffer)
+        patch.setattr(copying, "_BUFFER", buffer)
+        patch.setattr("moeprune.rewrite.shards.copied_on_server", lambda *_: server)
         out = sources(Path(name)) / "out"
         out.mkdir()
         tensors = [tensor(Path(name), f"t{number}", ranges) for number, ranges in enumerate(layout)]
-        copied = write_shards(tensors, out, {"format": "pt"}, largest)
+        laid = lay_out(tensors, largest)
+        written = list(write_shards(laid, out, {"format": "pt"}))
         wanted = {item.name: expected(item) for item in tensors}
         assert read_back(out) == wanted
-        assert [(item.name, item.nbytes) for item in copied] == [(item.name, item.nbytes) for item in tensors]
-        assert {item.name: item.digest for item in copied} == {
+        assert [item for item, _ in written] == tensors
+        assert {item.name: digest for item, digest in written} == {
             name: xxhash.xxh3_128_hexdigest(raw) for name, raw in wanted.items()
         }
-        assert [item.digest for item in copied] == [tensor_digest(item.segments) for item in tensors]
-        check_names(out, assign_shards(tensors, largest))
+        check_names(out, laid)
 
 
-def check_names(folder: Path, shards: Sequence[Sequence[OutputTensor]]) -> None:
+def check_names(folder: Path, layout: Layout) -> None:
     """One file alone has no index; several are numbered and the index says which holds what."""
-    if len(shards) == 1:
+    if len(layout.shards) == 1:
         assert [path.name for path in folder.iterdir()] == ["model.safetensors"]
         return
-    names = [f"model-{number:05d}-of-{len(shards):05d}.safetensors" for number in range(1, len(shards) + 1)]
+    total = len(layout.shards)
+    names = [f"model-{number:05d}-of-{total:05d}.safetensors" for number in range(1, total + 1)]
     assert sorted(path.name for path in folder.iterdir()) == [*names, "model.safetensors.index.json"]
     index = json.loads((folder / "model.safetensors.index.json").read_text())
-    assert index["weight_map"] == {item.name: name for name, shard in zip(names, shards, strict=True) for item in shard}
+    assert index["weight_map"] == {item.name: shard.name for shard, items in layout.filled() for item in items}
     assert list(index["weight_map"]) == sorted(index["weight_map"])
-    assert index["metadata"] == {"total_size": sum(item.nbytes for shard in shards for item in shard)}
+    assert index["metadata"] == {"total_size": layout.nbytes}
 
 
 def test_types_and_shapes_are_written_as_given(out: Path) -> None:
     """Nothing is decoded: packed and unusual types pass through with their metadata."""
     segments = (Segment(file=out.parent / "source0", begin=8, end=14),)
     item = OutputTensor(name="x", dtype="BF16", shape=(3, 1), segments=segments)
-    write_shards([item], out, {}, 1000)
+    write_shards(lay_out([item], 1000), out, {})
     with safe_open(out / "model.safetensors", framework="numpy") as file:
         assert (file.get_slice("x").get_dtype(), file.get_slice("x").get_shape()) == ("BF16", [3, 1])
         assert file.metadata() == {"format": "pt"}  # transformers refuses a file without it
@@ -179,7 +196,7 @@ def test_equal_input_gives_equal_bytes(out: Path) -> None:
     again = out.parent / "again"
     again.mkdir()
     for folder in (out, again):
-        write_shards(tensors, folder, {"format": "pt", "more": "1"}, 60)
+        write_shards(lay_out(tensors, 60), folder, {"format": "pt", "more": "1"})
     files = sorted(path.name for path in out.iterdir())
     assert len(files) == 4
     assert [(out / name).read_bytes() for name in files] == [(again / name).read_bytes() for name in files]
@@ -190,14 +207,102 @@ def test_a_source_that_shrinks_while_it_is_read_is_an_error(out: Path) -> None:
     item = tensor(out.parent, "x", [(0, 0, 100)])
     (out.parent / "source0").write_bytes(SOURCE_BYTES[:50])
     with pytest.raises(CheckpointError, match="source0 ended early"):
-        write_shards([item], out, {}, 1000)
+        write_shards(lay_out([item], 1000), out, {})
 
 
-def test_a_file_that_is_there_is_never_written_over(out: Path) -> None:
-    """The folder is a fresh one; anything in it is a mistake."""
-    (out / "model.safetensors").touch()
-    with pytest.raises(FileExistsError):
-        write_shards([tensor(out.parent, "x", [(0, 0, 4)])], out, {}, 1000)
+def test_the_first_error_stops_the_other_threads(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A thread in the middle of a large tensor gives up, no further work is begun, and the error is the one raised."""
+    monkeypatch.setattr(copying, "THREADS", 2)
+    monkeypatch.setattr(copying, "_BUFFER", 1)
+    endless = OutputTensor(
+        name="x",
+        dtype="U8",
+        shape=(5120,),
+        segments=(Segment(file=out.parent / "source0", begin=0, end=512),) * 1_000_000,
+    )
+    begun: list[int] = []
+
+    def work(item: int, reader: Reader) -> None:
+        begun.append(item)
+        if item:
+            raise CheckpointError("broken")
+        list(reader.digests([endless]))
+
+    with pytest.raises(CheckpointError, match="broken"):
+        list(in_threads(work, itertools.count()))
+    assert sorted(begun) == [0, 1]
+
+
+# --- copies by the system -------------------------------------------------------------------------------------------
+
+
+def on_server(*_: object) -> bool:
+    """Every folder is on a network file system that copies by itself."""
+    return True
+
+
+def test_the_system_is_asked_to_copy_joined_ranges(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One call for neighbours, and none of our own writes but the header's."""
+    asked: list[tuple[int, int]] = []
+    copy = os.copy_file_range
+
+    def record(source: int, target: int, count: int, offset: int) -> int:
+        asked.append((offset, count))
+        return copy(source, target, count, offset)
+
+    monkeypatch.setattr("moeprune.rewrite.shards.copied_on_server", on_server)
+    monkeypatch.setattr(os, "copy_file_range", record)
+    tensors = [tensor(out.parent, name, [(0, begin, begin + 50)]) for name, begin in (("a", 0), ("b", 50), ("c", 200))]
+    written = list(write_shards(lay_out(tensors, 1000), out, {}))
+    assert asked == [(0, 100), (200, 50)]
+    assert read_back(out) == {item.name: expected(item) for item in tensors}
+    assert [digest for _, digest in written] == [xxhash.xxh3_128_hexdigest(expected(item)) for item in tensors]
+
+
+@pytest.mark.parametrize("number", [errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP])
+def test_where_the_system_cannot_copy_we_do(out: Path, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+    """Also when it finds that out half-way: what it wrote is taken back."""
+    copy, calls = os.copy_file_range, []
+
+    def unable(source: int, target: int, count: int, offset: int) -> int:
+        calls.append(offset)
+        if len(calls) > 1:
+            raise OSError(number, os.strerror(number))
+        return copy(source, target, count, offset)
+
+    monkeypatch.setattr("moeprune.rewrite.shards.copied_on_server", on_server)
+    monkeypatch.setattr(os, "copy_file_range", unable)
+    item = tensor(out.parent, "x", [(0, 0, 100), (1, 5, 80)])
+    [(_, digest)] = write_shards(lay_out([item], 1000), out, {})
+    assert len(calls) == 2
+    assert read_back(out) == {"x": expected(item)}
+    assert digest == xxhash.xxh3_128_hexdigest(expected(item))
+
+
+def test_a_full_disk_is_an_error_of_the_system_copy_too(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only what says that it cannot be done leads to a copy of our own; half a file is not left."""
+
+    def full(*_: object) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("moeprune.rewrite.shards.copied_on_server", on_server)
+    monkeypatch.setattr(os, "copy_file_range", full)
+    with pytest.raises(OSError, match="No space left"):
+        write_shards(lay_out([tensor(out.parent, "x", [(0, 0, 100)])], 1000), out, {})
+    assert list(out.iterdir()) == []
+
+
+@pytest.mark.parametrize(("kind", "by_itself"), [("nfs4", True), ("cifs", True), ("ext4", False), ("btrfs", False)])
+def test_only_network_file_systems_copy_by_themselves(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, by_itself: bool
+) -> None:
+    """The mount of the device decides; on a local disk our own copy is faster."""
+    device = tmp_path.stat().st_dev
+    line = f"36 35 {os.major(device)}:{os.minor(device)} / /mnt rw shared:1 - {kind} server:/ rw\n"
+    monkeypatch.setattr(Path, "read_text", lambda *_, **__: f"1 1 0:1 / /other rw - nfs4 x rw\n{line}")
+    assert copied_on_server(tmp_path, tmp_path) == by_itself
+    monkeypatch.setattr(Path, "read_text", lambda *_, **__: 1 / 0)
+    assert not copied_on_server(tmp_path, Path("/proc"))  # another device: nothing to look up
 
 
 # --- other files ----------------------------------------------------------------------------------------------------
@@ -239,18 +344,31 @@ def test_which_files_travel(tmp_path: Path) -> None:
 
 
 def test_files_are_copied_through_the_links_of_the_hub_cache(tmp_path: Path) -> None:
-    """The copy holds real files, in the same folders, also when the snapshot is only links."""
-    blobs = folder_of(tmp_path / "blobs", TRAVEL)
-    snapshot, target = tmp_path / "snapshot", tmp_path / "target"
-    for name in TRAVEL:
+    """The copy holds real files, in the same folders, also when the snapshot is only links to blobs."""
+    blobs, snapshot, target = tmp_path / "blobs", tmp_path / "snapshots" / "abc", tmp_path / "target"
+    blobs.mkdir()
+    for number, name in enumerate(TRAVEL):
+        (blobs / str(number)).write_text(name)
         (snapshot / name).parent.mkdir(parents=True, exist_ok=True)
-        (snapshot / name).symlink_to(blobs / name)
+        (snapshot / name).symlink_to(Path("../" * (name.count("/") + 2)) / "blobs" / str(number))
     target.mkdir()
     copy_other_files(snapshot, target)
     shutil.rmtree(blobs)
     assert {str(path.relative_to(target)): path.read_text() for path in target.rglob("*") if path.is_file()} == {
         name: name for name in TRAVEL
     }
+
+
+@pytest.mark.parametrize("where", ["secret", "model-2/secret", "blobs/secret"])
+def test_a_link_out_of_the_checkpoint_is_not_followed(tmp_path: Path, where: str) -> None:
+    """A downloaded folder must not be able to put a file of this machine into what is shared next."""
+    model = folder_of(tmp_path / "model", ["real.txt"])
+    folder_of(tmp_path, [where])
+    (model / "also.txt").symlink_to("real.txt")
+    assert sorted(map(str, other_files(model))) == ["also.txt", "real.txt"]
+    (model / "tokenizer.json").symlink_to(tmp_path / where)
+    with pytest.raises(CheckpointError, match=r"tokenizer\.json links out of the checkpoint"):
+        list(other_files(model))
 
 
 def test_a_broken_link_is_an_error(tmp_path: Path) -> None:

@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import re
-from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,26 +19,51 @@ from moeprune._files import (
     check_free_space,
     check_output_folder,
     envelope,
-    output_folder,
-    to_json,
+    json_pieces,
+    parse_json,
 )
-from moeprune.architectures import ExpertName, RouterName
-from moeprune.checkpoint import Checkpoint, TensorEntry
-from moeprune.errors import ConfigError, LayoutError, PlanError, StaleArtifactError
+from moeprune._version import __version__
+from moeprune.architectures import ExpertName, RouterName, StackedName
+from moeprune.checkpoint import Checkpoint, TensorEntry, check_inside
+from moeprune.errors import ConfigError, PlanError, StaleArtifactError
 from moeprune.plans import DROP, PruningPlan, check_keep
+from moeprune.rewrite.claims import check_unclaimed
+from moeprune.rewrite.copying import OutputTensor, Segment
+from moeprune.rewrite.journal import Journal, job_key, resumable_folder
+from moeprune.rewrite.naming import renumber_names
 from moeprune.rewrite.raw_config import edit_json
-from moeprune.rewrite.shards import Copied, OutputTensor, Segment, copy_other_files, write_shards
+from moeprune.rewrite.shards import Layout, Remade, copy_other_files, lay_out, write_shards
 
 PROVENANCE = "moeprune"  # the folder inside a checkpoint where engines that glob *.safetensors do not look
+QUANTISATION = "hf_quant_config.json"  # where modelopt says which modules it quantised, and how
 DEFAULT_SHARD_SIZE = 5_000_000_000
 
 
 def config_edits(checkpoint: Checkpoint, kept: int, *, drop_mtp: bool) -> dict[str, int]:
     """The config values that change: every expert count that is present, and the MTP count when MTP layers go."""
-    edits = {key: kept for key in checkpoint.spec.count_keys if key in checkpoint.config}
-    if drop_mtp:
-        edits[checkpoint.spec.mtp_key] = 0
+    spec, values = checkpoint.spec, checkpoint.spec.values(checkpoint.config)
+    edits = {spec.path(key): kept for key in spec.count_keys if key in values}
+    if drop_mtp and spec.mtp_key in values:  # not every family that has MTP layers counts them
+        edits[spec.path(spec.mtp_key)] = 0
     return edits
+
+
+def edited_files(
+    checkpoint: Checkpoint, keep: Mapping[int, tuple[int, ...]], edits: Mapping[str, int]
+) -> dict[str, bytes]:
+    """Files that do not travel as they are: the config, and a list of quantised modules where there is one.
+
+    Raises:
+        LayoutError: they name single experts in a way that cannot be renumbered.
+    """
+    texts = {"config.json": edit_json(checkpoint.config_text, edits)}
+    if (checkpoint.path / QUANTISATION).is_file():
+        check_inside(checkpoint.path, checkpoint.path / QUANTISATION)
+        texts[QUANTISATION] = (checkpoint.path / QUANTISATION).read_bytes().decode()
+        parse_json(texts[QUANTISATION], checkpoint.path / QUANTISATION)
+    if all(len(kept) == checkpoint.num_experts for kept in keep.values()):
+        return {name: text.encode() for name, text in texts.items()}
+    return {name: renumber_names(text, checkpoint, keep, name).encode() for name, text in texts.items()}
 
 
 def check_plan(checkpoint: Checkpoint, plan: PruningPlan) -> PruningPlan:
@@ -48,7 +72,7 @@ def check_plan(checkpoint: Checkpoint, plan: PruningPlan) -> PruningPlan:
     Raises:
         StaleArtifactError: the plan was made for another model.
         PlanError: a layer is missing, or no engine could run the result.
-        LayoutError: the config names experts by number.
+        LayoutError: the config names experts in a way that cannot be renumbered.
     """
     if plan.kind != DROP:
         raise PlanError(f"this executor runs plans of kind {DROP!r}, not {plan.kind!r}")
@@ -64,8 +88,7 @@ def check_plan(checkpoint: Checkpoint, plan: PruningPlan) -> PruningPlan:
     for layer, decision in sorted(plan.layers.items()):
         check_keep(layer, decision.keep, checkpoint.router)
     check_counts(plan)
-    if plan.kept < checkpoint.num_experts:
-        _check_named_experts(checkpoint)
+    edited_files(checkpoint, keep_lists(plan), {})  # refuses names that cannot be renumbered
     dropped = bool(mtp) and planned == trunk
     return dataclasses.replace(plan, config_edits=config_edits(checkpoint, plan.kept, drop_mtp=dropped))
 
@@ -79,26 +102,12 @@ def check_counts(plan: PruningPlan) -> None:
         )
 
 
-def _check_named_experts(checkpoint: Checkpoint) -> None:
-    """Refuse a config that singles out experts by number, as lists of unquantised modules may: they get new numbers."""
-    named: dict[tuple[str, str], set[int]] = defaultdict(set)
-    experts = re.escape(checkpoint.spec.experts)
-    for before, number, after in re.findall(rf'"([^"]*{experts})(\d+)([^"]*)"', checkpoint.config_text):
-        named[before, after].add(int(number))
-    for (before, after), numbers in named.items():
-        if numbers != set(range(checkpoint.num_experts)):  # a list of all of them holds for those that stay
-            raise LayoutError(
-                f"config.json names {before}{min(numbers)}{after}, and experts are renumbered",
-                "take a checkpoint whose quantisation does not differ from expert to expert",
-            )
-
-
 def output_tensors(checkpoint: Checkpoint, keep: Mapping[int, tuple[int, ...]]) -> Iterator[OutputTensor]:
     """Every tensor of the pruned checkpoint, in the source's order.
 
     Args:
         checkpoint: the source.
-        keep: experts that stay by layer; an MTP layer that is absent is left out whole.
+        keep: experts that stay by layer; an MTP layer that is absent is left out whole, with all that belongs to it.
     """
     new_number = {layer: {old: new for new, old in enumerate(kept)} for layer, kept in keep.items()}
     for name, entry in checkpoint.tensors.items():
@@ -108,7 +117,7 @@ def output_tensors(checkpoint: Checkpoint, keep: Mapping[int, tuple[int, ...]]) 
         if isinstance(role, ExpertName):
             if role.expert in new_number[role.layer]:
                 yield _whole(role.renumbered(new_number[role.layer][role.expert]), entry)
-        elif isinstance(role, RouterName):
+        elif isinstance(role, StackedName | RouterName):
             yield _rows(entry, keep[role.layer], role.axis)
         else:
             yield _whole(name, entry)
@@ -127,7 +136,7 @@ def _rows(entry: TensorEntry, keep: tuple[int, ...], axis: int) -> OutputTensor:
         outer *= size
     width, rest = divmod(entry.nbytes, outer * count)
     if rest:
-        raise PlanError(f"router tensor {entry.name!r} cannot be cut along axis {axis}: rows share bytes")
+        raise PlanError(f"tensor {entry.name!r} cannot be cut along axis {axis}: rows share bytes")
     segments = []
     for block in range(outer):
         start = entry.begin + block * count * width
@@ -144,8 +153,9 @@ def keep_lists(plan: PruningPlan) -> dict[int, tuple[int, ...]]:
 
 
 def check_output(checkpoint: Checkpoint, output: PathLike, *, overwrite: bool) -> None:
-    """Refuse an output that is not empty, or that would replace the checkpoint it is made from."""
+    """Refuse an output that is not empty, that another run is writing, or that would replace the source."""
     check_output_folder(output, overwrite=overwrite)
+    check_unclaimed(output)
     source, target = checkpoint.path.resolve(), Path(output).resolve()
     if source == target or target in source.parents or source in target.parents:
         raise ConfigError(f"output {output} and the source checkpoint lie inside one another", "choose another -o")
@@ -162,6 +172,8 @@ def apply_drop(
 ) -> Path:
     """Write the pruned checkpoint; the folder appears whole or not at all.
 
+    After a kill, a full disk or Ctrl-C the same call goes on with the shard that was not finished.
+
     Args:
         checkpoint: the source.
         plan: keep-lists for every MoE layer.
@@ -175,50 +187,74 @@ def apply_drop(
     """
     plan = check_plan(checkpoint, plan)
     check_output(checkpoint, output, overwrite=overwrite)
-    tensors = list(output_tensors(checkpoint, keep_lists(plan)))
-    check_free_space(output, sum(tensor.nbytes for tensor in tensors) + 64_000_000)
-    begin_work()
-    with output_folder(output, overwrite=overwrite) as staging:
-        copied = write_checkpoint(checkpoint, tensors, plan.config_edits, staging, max_shard_size)
-        records = dict(extra or {}) | {
-            "plan.json": to_json(plan.to_dict()).encode(),
-            "manifest.json": to_json(_manifest(copied)).encode(),
-            "provenance.json": to_json(provenance(checkpoint, plan, copied)).encode(),
-        }
-        (staging / PROVENANCE).mkdir()
-        for name, data in records.items():
-            (staging / PROVENANCE / name).write_bytes(data)
+    keep = keep_lists(plan)
+    layout = lay_out(Remade(partial(output_tensors, checkpoint, keep)), max_shard_size)
+    files = edited_files(checkpoint, keep, plan.config_edits)
+    check_free_space(output, layout.nbytes + 64_000_000)
+    with resumable_folder(output, _job(checkpoint, layout), overwrite=overwrite) as journal:
+        begin_work()
+        written = write_checkpoint(checkpoint, layout, files, journal.folder, journal)
+        origin = provenance(checkpoint, plan, layout)
+        records = {"plan": plan.to_dict(), "manifest": _manifest(written), "provenance": origin}
+        _write_records(journal.folder / PROVENANCE, records, extra or {})
     return Path(output)
+
+
+def _job(checkpoint: Checkpoint, layout: Layout) -> str:
+    """Everything that decides the bytes of the shards; the source's files are told apart by their times too."""
+    files = dict.fromkeys(entry.file for entry in checkpoint.tensors.values())
+    tensors = (
+        (tensor.name, tensor.dtype, tensor.shape, *((part.file.name, part.begin, part.end) for part in tensor.segments))
+        for tensor in layout.tensors
+    )
+    return job_key(
+        itertools.chain(
+            [__version__, checkpoint.fingerprint, sorted(checkpoint.shard_metadata.items())],
+            ((file.name, stat.st_size, stat.st_mtime_ns) for file in files for stat in [file.stat()]),
+            layout.shards,
+            tensors,
+        )
+    )
 
 
 def write_checkpoint(
     checkpoint: Checkpoint,
-    tensors: Sequence[OutputTensor],
-    edits: Mapping[str, int],
+    layout: Layout,
+    files: Mapping[str, bytes],
     folder: Path,
-    max_shard_size: int,
-) -> list[Copied]:
-    """Write shards, index, the edited config and the files that travel as they are."""
-    copied = write_shards(tensors, folder, checkpoint.shard_metadata, max_shard_size)
-    (folder / "config.json").write_bytes(edit_json(checkpoint.config_text, edits).encode())
+    journal: Journal | None = None,
+) -> Iterator[tuple[OutputTensor, str]]:
+    """Write shards, index, the edited files and those that travel as they are; gives every tensor with its digest."""
+    written = write_shards(layout, folder, checkpoint.shard_metadata, journal)
     copy_other_files(checkpoint.path, folder)
-    return copied
+    for name, data in files.items():
+        (folder / name).write_bytes(data)
+    return written
 
 
-def _manifest(copied: list[Copied]) -> dict[str, Any]:
+def _write_records(folder: Path, records: Mapping[str, Mapping[str, Any]], extra: Mapping[str, bytes]) -> None:
+    folder.mkdir()
+    for name, data in extra.items():
+        (folder / name).write_bytes(data)
+    for name, record in records.items():
+        with (folder / f"{name}.json").open("w", encoding="utf-8", newline="\n") as file:
+            file.writelines(json_pieces(record))
+
+
+def _manifest(written: Iterator[tuple[OutputTensor, str]]) -> dict[str, Any]:
     return {
         "schema": "moeprune.manifest/1",
         "algorithm": "xxh3-128",
-        "tensors": {item.name: item.digest for item in copied},
+        "tensors": ((tensor.name, digest) for tensor, digest in written),
     }
 
 
-def provenance(checkpoint: Checkpoint, plan: PruningPlan, copied: list[Copied]) -> dict[str, Any]:
+def provenance(checkpoint: Checkpoint, plan: PruningPlan, layout: Layout) -> dict[str, Any]:
     """Where a pruned checkpoint came from: no times, hosts or paths, so that equal runs give equal bytes."""
     return envelope("moeprune.provenance/1", plan.command, plan.inputs) | {
         "architecture": checkpoint.spec.model_type,
         "experts": {"before": checkpoint.num_experts, "after": plan.kept},
-        "tensors": len(copied),
-        "bytes": {"before": checkpoint.nbytes, "after": sum(item.nbytes for item in copied)},
+        "tensors": layout.count,
+        "bytes": {"before": checkpoint.nbytes, "after": layout.nbytes},
         "config_edits": dict(plan.config_edits),
     }

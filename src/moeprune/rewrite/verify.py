@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
-from moeprune._files import PathLike, begin_work, progress, read_artifact
-from moeprune.checkpoint import Checkpoint, TensorEntry, open_checkpoint
+from moeprune._files import PathLike, begin_work, byte_bar, read_artifact
+from moeprune.checkpoint import Checkpoint, TensorEntry, read_tensors
 from moeprune.errors import CheckpointError
 from moeprune.plans import PruningPlan
-from moeprune.rewrite.drop import PROVENANCE, check_plan, keep_lists, output_tensors
-from moeprune.rewrite.raw_config import edit_json
-from moeprune.rewrite.shards import OutputTensor, Segment, other_files, tensor_digest
+from moeprune.rewrite.copying import OutputTensor, Reader, Segment, in_threads
+from moeprune.rewrite.drop import PROVENANCE, check_plan, edited_files, keep_lists, output_tensors
+from moeprune.rewrite.shards import Remade, other_files
+
+_MOST, _LARGE = 1000, 256_000_000  # tensors and bytes that one thread compares at a time
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,17 +39,21 @@ def verify_drop(source: Checkpoint, output: PathLike) -> Verification:
     folder = Path(output)
     plan = check_plan(source, PruningPlan.load(folder / PROVENANCE / "plan.json"))
     manifest = read_artifact(folder / PROVENANCE / "manifest.json", "moeprune.manifest/1").get("tensors", {})
-    _same_bytes(folder / "config.json", edit_json(source.config_text, plan.config_edits).encode())
-    pruned = open_checkpoint(folder)
-    expected = {tensor.name: tensor for tensor in output_tensors(source, keep_lists(plan))}
-    _compare_names(expected, pruned, folder)
+    edited = edited_files(source, keep_lists(plan), plan.config_edits)
+    for name, data in edited.items():
+        _same_bytes(folder / name, data)
+    found, _ = read_tensors(folder)  # its config and names are compared, so that it needs no architecture
+    expected = Remade(partial(output_tensors, source, keep_lists(plan)))
+    _compare_names(expected, found, folder)
+    nbytes = sum(entry.nbytes for entry in found.values())
     begin_work()
-    for name, tensor in progress(expected.items(), "verifying", unit="tensor"):
-        _compare(tensor, pruned.tensors[name], manifest)
-    files = list(other_files(source.path))
+    with byte_bar("verifying", nbytes) as bar:
+        for compared in in_threads(partial(_compare, found, manifest), _batches(expected)):
+            bar.update(compared)
+    files = [file for file in other_files(source.path) if str(file) not in edited]
     for file in files:
         _same_bytes(folder / file, (source.path / file).read_bytes())
-    return Verification(tensors=len(expected), nbytes=pruned.nbytes, files=len(files))
+    return Verification(tensors=len(found), nbytes=nbytes, files=len(files))
 
 
 def _same_bytes(file: Path, expected: bytes) -> None:
@@ -55,25 +62,52 @@ def _same_bytes(file: Path, expected: bytes) -> None:
         raise CheckpointError(f"{file} {what}", "apply the plan again")
 
 
-def _compare_names(expected: Mapping[str, OutputTensor], pruned: Checkpoint, folder: Path) -> None:
-    odd = sorted(expected.keys() ^ pruned.tensors.keys())
-    if odd:
-        raise CheckpointError(
-            f"tensor {odd[0]!r} is {'missing from' if odd[0] in expected else 'too much in'} {folder}"
-        )
-    named = {entry.file.name for entry in pruned.tensors.values()}
+def _compare_names(expected: Iterable[OutputTensor], found: Mapping[str, TensorEntry], folder: Path) -> None:
+    absent = min((tensor.name for tensor in expected if tensor.name not in found), default=None)
+    if absent is not None:
+        raise CheckpointError(f"tensor {absent!r} is missing from {folder}", "apply the plan again")
+    if sum(1 for _ in expected) != len(found):
+        surplus = min(found.keys() - {tensor.name for tensor in expected})
+        raise CheckpointError(f"tensor {surplus!r} is too much in {folder}", "apply the plan again")
+    named = {entry.file.name for entry in found.values()}
     stray = sorted(file.name for file in folder.glob("*.safetensors") if file.name not in named)
     if stray:
         raise CheckpointError(f"{folder / stray[0]} is no part of the checkpoint", "engines may load it: remove it")
 
 
-def _compare(expected: OutputTensor, found: TensorEntry, manifest: Mapping[str, str]) -> None:
+def _batches(tensors: Iterable[OutputTensor]) -> Iterator[list[OutputTensor]]:
+    """What one thread compares at a time."""
+    batch: list[OutputTensor] = []
+    size = 0
+    for tensor in tensors:
+        batch.append(tensor)
+        size += tensor.nbytes
+        if len(batch) == _MOST or size >= _LARGE:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+def _compare(
+    found: Mapping[str, TensorEntry], manifest: Mapping[str, str], expected: list[OutputTensor], reader: Reader
+) -> int:
+    """Compare some tensors with the source and the manifest, reading each side once; gives the bytes compared."""
+    there = [_as_found(tensor, found[tensor.name]) for tensor in expected]
+    theirs = list(reader.digests(there))
+    for tensor, digest, wanted in zip(expected, theirs, reader.digests(expected), strict=True):
+        if digest != wanted:
+            raise CheckpointError(f"tensor {tensor.name!r} differs from the source", "apply the plan again")
+        if digest != manifest.get(tensor.name):
+            raise CheckpointError(f"tensor {tensor.name!r} is not what the manifest says", "apply the plan again")
+    return sum(tensor.nbytes for tensor in expected)
+
+
+def _as_found(expected: OutputTensor, found: TensorEntry) -> OutputTensor:
+    """The tensor as it lies in the output."""
     if (found.dtype, found.shape) != (expected.dtype, expected.shape):
         raise CheckpointError(
             f"tensor {found.name!r} is {found.dtype} {found.shape}, should be {expected.dtype} {expected.shape}"
         )
-    digest = tensor_digest([Segment(file=found.file, begin=found.begin, end=found.end)])
-    if digest != tensor_digest(expected.segments):
-        raise CheckpointError(f"tensor {found.name!r} differs from the source", "apply the plan again")
-    if digest != manifest.get(found.name):
-        raise CheckpointError(f"tensor {found.name!r} is not what the manifest says", "apply the plan again")
+    segment = Segment(file=found.file, begin=found.begin, end=found.end)
+    return OutputTensor(name=found.name, dtype=found.dtype, shape=found.shape, segments=(segment,))

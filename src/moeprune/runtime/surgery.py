@@ -8,22 +8,25 @@ from collections.abc import Mapping, Sequence, Set
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from moeprune._files import PathLike, begin_work, check_free_space, output_folder, progress, to_json
+from moeprune._files import PathLike, begin_work, check_free_space, progress, to_json
 from moeprune.checkpoint import Checkpoint, TensorEntry, open_checkpoint
 from moeprune.collectors.probe import PLAN_ATTRIBUTE, ExpertLayer, expert_layers, fingerprint_of
 from moeprune.errors import CheckpointError, PlanError, StaleArtifactError
 from moeprune.plans import PruningPlan, RouterShape, check_keep
+from moeprune.rewrite.claims import output_folder
+from moeprune.rewrite.copying import OutputTensor
 from moeprune.rewrite.drop import (
     DEFAULT_SHARD_SIZE,
     PROVENANCE,
     check_counts,
     check_output,
     check_plan,
+    edited_files,
     keep_lists,
     output_tensors,
     write_checkpoint,
 )
-from moeprune.rewrite.shards import OutputTensor
+from moeprune.rewrite.shards import lay_out
 
 if TYPE_CHECKING:
     import torch
@@ -60,7 +63,7 @@ def prune_model(model: PreTrainedModel, plan: PruningPlan) -> PreTrainedModel:
         keep = plan.layers[layer.index].keep
         for module in layer.experts.modules():
             _slice_module(module, layer.num_experts, keep)
-        for module in (layer.router, model.get_submodule(_parent_name(model, layer.experts))):
+        for module in (*layer.router.modules(), model.get_submodule(_parent_name(model, layer.experts))):
             _slice_module(module, layer.num_experts, keep)
     for holder in (model, model.config.get_text_config()):  # the model's own is read by the load-balancing loss
         _set_counts(holder, layers[0].num_experts, plan.kept)
@@ -104,11 +107,19 @@ def _slice_module(module: nn.Module, num_experts: int, keep: tuple[int, ...]) ->
 
     index = torch.tensor(keep)
     for name, value in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]:
-        if value.shape[:1] == (num_experts,):
-            rows = value.detach().index_select(0, index.to(value.device))
+        axis = _expert_axis(value.shape, num_experts)
+        if axis is not None:
+            rows = value.detach().index_select(axis, index.to(value.device))
             is_parameter = isinstance(value, torch.nn.Parameter)
             setattr(module, name, torch.nn.Parameter(rows, value.requires_grad) if is_parameter else rows)
     _set_counts(module, num_experts, len(keep))
+
+
+def _expert_axis(shape: Sequence[int], num_experts: int) -> int | None:
+    """The axis with one row per expert, if any: the first, or the second behind one of size 1."""
+    if tuple(shape[:1]) == (num_experts,):
+        return 0
+    return 1 if tuple(shape[:2]) == (1, num_experts) else None
 
 
 def _set_counts(holder: Any, before: int, after: int) -> None:
@@ -157,7 +168,8 @@ def save_model(
     check_free_space(output, sum(tensor.nbytes for tensor in tensors) + 64_000_000)
     begin_work()
     with output_folder(output, overwrite=overwrite) as staging:
-        write_checkpoint(base, tensors, plan.config_edits if plan else {}, staging, max_shard_size)
+        files = edited_files(base, keep, plan.config_edits if plan else {})
+        write_checkpoint(base, lay_out(tensors, max_shard_size), files, staging)
         _overwrite_tensors(model, wanted, open_checkpoint(staging).tensors)
         if plan is not None:
             (staging / PROVENANCE).mkdir()
@@ -173,7 +185,7 @@ def _plan_of(model: PreTrainedModel, given: PruningPlan | None) -> PruningPlan |
 
 
 def _check_tensors(model: PreTrainedModel, base: Checkpoint, expected: Sequence[OutputTensor]) -> set[str]:
-    """The model must have the expected tensors and no others, MTP layers excepted; no value is looked at.
+    """The model must have the expected tensors and no others, but for those that transformers never loads.
 
     Returns:
         The names on disk of the model's tensors.
@@ -183,12 +195,12 @@ def _check_tensors(model: PreTrainedModel, base: Checkpoint, expected: Sequence[
         if value.is_meta:
             raise CheckpointError(f"tensor {name!r} is offloaded", "load the model without offloading to save it")
     found = _named_as_on_disk(model, {name: value.to("meta") for name, value in state.items()})
-    wanted = set()
+    wanted, depth = set(), base.spec.depth(base.config)
     for tensor in expected:
         if tensor.name in found:
             _check_tensor(tensor, found[tensor.name])
             wanted.add(tensor.name)
-        elif base.spec.role(tensor.name).layer not in base.mtp_layers:
+        elif not _passed_over(model, tensor.name) and base.spec.role(tensor.name, depth).layer not in base.mtp_layers:
             raise CheckpointError(f"the model has no tensor {tensor.name!r}, which {base.path.name} has")
     homes = Counter(value.data_ptr() for value in state.values())
     tied = {name for name, value in state.items() if homes[value.data_ptr()] > 1}  # lm_head as the embedding
@@ -199,6 +211,12 @@ def _check_tensors(model: PreTrainedModel, base: Checkpoint, expected: Sequence[
             "was it pruned with this plan? merge adapters first",
         )
     return wanted
+
+
+def _passed_over(model: PreTrainedModel, name: str) -> bool:
+    """Whether transformers leaves the tensor out when it loads this class, such as the vision tower of a text model."""
+    ignored = model._keys_to_ignore_on_load_unexpected or ()  # noqa: SLF001 - the only place that says so
+    return any(re.search(pattern, name) for pattern in ignored)
 
 
 def _check_tensor(expected: OutputTensor, found: torch.Tensor) -> None:
