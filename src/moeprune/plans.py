@@ -83,7 +83,9 @@ class Budget:
             ConfigError: nothing would be removed, too little would stay, or the options contradict each other.
         """
         if (self.ratio is None) == (self.keep is None):
-            raise ConfigError("give exactly one of --ratio and --keep", "--ratio 0.5 removes half of each layer's experts")
+            raise ConfigError(
+                "give exactly one of --ratio and --keep", "--ratio 0.5 removes half of each layer's experts"
+            )
         kept = self.keep if self.keep is not None else shape.num_experts - self._removed(shape)
         if self.round_to < 1:
             raise ConfigError("--round-to must be at least 1")

@@ -51,7 +51,7 @@ class LayerSums:
         gates_TK: torch.Tensor,
         valid_T: torch.Tensor | None,
     ) -> None:
-        """Add the un-gated expert outputs, with the experts and gates the model used; ``valid_T`` leaves padding out."""
+        """Add the un-gated expert outputs with the experts and gates that were used; ``valid_T`` leaves padding out."""
         tokens, top_k, hidden = outputs_TKH.shape
         self.top_k = top_k
         step = max(1, _CHUNK // (top_k * hidden))
