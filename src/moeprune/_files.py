@@ -17,7 +17,7 @@ import shutil
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -111,17 +111,19 @@ def _layout(value: object, indent: str) -> Iterator[str]:
 _HALF_PAIR = re.compile(r"\\u[dD][89a-fA-F]")
 
 
-def parse_json(text: str | bytes, source: PathLike, *, unique: bool = False) -> Any:
+def parse_json(
+    text: str | bytes, source: PathLike, *, unique: bool = False, shrink: Callable[[dict[str, Any]], Any] | None = None
+) -> Any:
     """Parse JSON that may be hostile: what could not be written again is an error that names the file.
 
     Refused are numbers that are not finite, bad UTF-8, halves of surrogate pairs, absurd nesting and, where ``unique``
-    is asked for, names that an object has twice (the standard library keeps the last without a word).
+    is asked for, names that an object has twice (the standard library keeps the last without a word). ``shrink`` takes
+    every object as it is read, innermost first, and gives what stands for it: a large file need not lie there whole.
     """
     try:
         decoded = text if isinstance(text, str) else text.decode("utf-8-sig")
-        value = json.loads(
-            decoded, parse_constant=_finite, parse_float=_finite, object_pairs_hook=_distinct if unique else None
-        )
+        hook = (lambda pairs: shrink(_distinct(pairs))) if shrink else _distinct if unique else None
+        value = json.loads(decoded, parse_constant=_finite, parse_float=_finite, object_pairs_hook=hook)
         if _HALF_PAIR.search(decoded):
             json.dumps(value, ensure_ascii=False).encode()
     except (ValueError, RecursionError) as error:
