@@ -17,11 +17,15 @@ if TYPE_CHECKING:
     import torch
 
 _COLUMNS = ("gate_sum", "gate_sq_sum", "norm_sum", "norm_sq_sum", "gated_norm_sum", "gated_norm_sq_sum")
-_CHUNK = 1 << 24  # elements of the expert outputs that are widened to float32 at a time: 64 MB
+_CHUNK = {True: 1 << 19, False: 1 << 25}  # elements that are widened to float32 at a time, on a CPU and elsewhere
 
 
 class LayerSums:
-    """Running sums of one layer and one domain."""
+    """Running sums of one layer and one domain.
+
+    Every sum has one place more than there are experts: padding is added there and thrown away, which is cheaper than
+    picking the valid rows out of every tensor.
+    """
 
     def __init__(self, num_experts: int, device: torch.device) -> None:
         import torch
@@ -31,18 +35,26 @@ class LayerSums:
 
         self.num_experts = num_experts
         self.top_k = 0
-        self.tokens = 0
-        self._count = zeros(num_experts, dtype=torch.int64)
-        self._columns = zeros(num_experts, len(_COLUMNS))
-        self._peak = zeros(num_experts)
+        self._places = num_experts + 1
+        self._tokens = zeros(dtype=torch.int64)
+        self._count = zeros(self._places, dtype=torch.int64)
+        self._columns = zeros(len(_COLUMNS), self._places)
+        self._peak = zeros(self._places)
         self._soft_prob = zeros(num_experts)
-        self._pair_count = zeros(num_experts**2, dtype=torch.int64)
-        self._pairs = zeros(num_experts**2, 2)  # product of gated norms, inner product of gated outputs
+        self._pair_count = zeros(self._places**2, dtype=torch.int64)
+        self._pairs = zeros(2, self._places**2)  # product of gated norms, inner product of gated outputs
+
+    @property
+    def tokens(self) -> int:
+        """Tokens seen, padding left out."""
+        return int(self._tokens)
 
     def add_logits(self, logits_TE: torch.Tensor, valid_T: torch.Tensor | None) -> None:
         """Add the router's raw logits; ``valid_T`` leaves padding out."""
         prob_TE = logits_TE.float().softmax(dim=-1)
-        self._soft_prob += (prob_TE if valid_T is None else prob_TE[valid_T]).sum(dim=0, dtype=self._soft_prob.dtype)
+        if valid_T is not None:
+            prob_TE = prob_TE.masked_fill(~valid_T[:, None], 0.0)
+        self._soft_prob += prob_TE.sum(dim=0, dtype=self._soft_prob.dtype)
 
     def add_slots(
         self,
@@ -52,38 +64,28 @@ class LayerSums:
         valid_T: torch.Tensor | None,
     ) -> None:
         """Add the un-gated expert outputs with the experts and gates that were used; ``valid_T`` leaves padding out."""
-        tokens, top_k, hidden = outputs_TKH.shape
-        self.top_k = top_k
-        step = max(1, _CHUNK // (top_k * hidden))
-        for start in range(0, tokens, step):
-            rows = slice(start, start + step)
-            chunk = None if valid_T is None else valid_T[rows]
-            self._add_chunk(outputs_TKH[rows].float(), experts_TK[rows], gates_TK[rows].float(), chunk)
-
-    def _add_chunk(
-        self, outputs_TKH: torch.Tensor, experts_TK: torch.Tensor, gate_TK: torch.Tensor, valid_T: torch.Tensor | None
-    ) -> None:
-        """Reduce over the hidden size first and drop padding afterwards: the wide tensor is never copied."""
         import torch
 
-        norm_TK = torch.linalg.vector_norm(outputs_TKH, dim=-1)
-        peak_TK = torch.maximum(outputs_TKH.amax(dim=-1), -outputs_TKH.amin(dim=-1))
-        inner_TKK = torch.bmm(outputs_TKH, outputs_TKH.transpose(1, 2))
+        self.top_k = outputs_TKH.shape[1]
+        norm_TK, peak_TK, inner_TKK = _reduce(outputs_TKH)
+        self._tokens += len(outputs_TKH) if valid_T is None else valid_T.sum()
         if valid_T is not None:
-            kept = (values[valid_T] for values in (experts_TK, gate_TK, norm_TK, peak_TK, inner_TKK))
-            experts_TK, gate_TK, norm_TK, peak_TK, inner_TKK = kept
-        self.tokens += len(experts_TK)
-        experts = experts_TK.reshape(-1)
+            experts_TK = experts_TK.masked_fill(~valid_T[:, None], self.num_experts)
+        experts, gate_TK = experts_TK.reshape(-1), gates_TK.float()
         gated_TK = gate_TK * norm_TK
-        columns = torch.stack((gate_TK, gate_TK**2, norm_TK, norm_TK**2, gated_TK, gated_TK**2), dim=-1)
-        self._columns.index_add_(0, experts, columns.reshape(-1, len(_COLUMNS)).double())
-        self._count += torch.bincount(experts, minlength=self.num_experts)
+        columns = (gate_TK, gate_TK**2, norm_TK, norm_TK**2, gated_TK, gated_TK**2)
+        for total, values_TK in zip(self._columns, columns, strict=True):
+            total.index_add_(0, experts, values_TK.reshape(-1).double())
+        self._count += torch.bincount(experts, minlength=self._places)
         self._peak.scatter_reduce_(0, experts, peak_TK.reshape(-1).double(), "amax")
-        pair = (experts_TK[:, :, None] * self.num_experts + experts_TK[:, None, :]).reshape(-1)
-        norms_TKK = gated_TK[:, :, None] * gated_TK[:, None, :]
-        inner_TKK = inner_TKK * gate_TK[:, :, None] * gate_TK[:, None, :]
-        self._pairs.index_add_(0, pair, torch.stack((norms_TKK, inner_TKK), dim=-1).reshape(-1, 2).double())
-        self._pair_count += torch.bincount(pair, minlength=self.num_experts**2)
+        pair = (experts_TK[:, :, None] * self._places + experts_TK[:, None, :]).reshape(-1)
+        products = (
+            gated_TK[:, :, None] * gated_TK[:, None, :],
+            inner_TKK * gate_TK[:, :, None] * gate_TK[:, None, :],
+        )
+        for total, values_TKK in zip(self._pairs, products, strict=True):
+            total.index_add_(0, pair, values_TKK.reshape(-1).double())
+        self._pair_count += torch.bincount(pair, minlength=self._places**2)
 
     def arrays(self) -> dict[str, AnyArray]:
         """The sums as numpy arrays by statistic name.
@@ -91,18 +93,21 @@ class LayerSums:
         Raises:
             MoePruneError: the counts do not add up to tokens x top-k.
         """
-        square = (self.num_experts, self.num_experts)
+        count = self.num_experts
         columns = self._columns.cpu().numpy()
-        pairs = self._pairs.cpu().numpy()
+
+        def square(values: torch.Tensor) -> AnyArray:
+            return np.ascontiguousarray(values.view(self._places, self._places)[:count, :count].cpu().numpy())
+
         arrays: dict[str, AnyArray] = {
             "tokens": np.array(self.tokens, dtype=np.int64),
-            "count": self._count.cpu().numpy(),
+            "count": self._count[:count].cpu().numpy(),
             "soft_prob_sum": self._soft_prob.cpu().numpy(),
-            "max_abs_down": self._peak.cpu().numpy(),
-            "pair_count": self._pair_count.cpu().numpy().reshape(square),
-            "pair_gated_norm": pairs[:, 0].reshape(square),
-            "gram": pairs[:, 1].reshape(square),
-        } | {name: columns[:, column] for column, name in enumerate(_COLUMNS)}
+            "max_abs_down": self._peak[:count].cpu().numpy(),
+            "pair_count": square(self._pair_count),
+            "pair_gated_norm": square(self._pairs[0]),
+            "gram": square(self._pairs[1]),
+        } | {name: values[:count] for name, values in zip(_COLUMNS, columns, strict=True)}
         if (
             arrays["count"].sum() != self.tokens * self.top_k
             or (arrays["count"] != arrays["pair_count"].diagonal()).any()
@@ -112,3 +117,22 @@ class LayerSums:
                 "this is a defect of moeprune or of the model's code: please report it",
             )
         return arrays
+
+
+def _reduce(outputs_TKH: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Norm [T, K], largest absolute element [T, K] and inner products [T, K, K], in float32.
+
+    A few tokens at a time, so that the widened outputs stay in a processor's cache and never cost much memory.
+    """
+    import torch
+
+    tokens, top_k, hidden = outputs_TKH.shape
+    step = max(1, _CHUNK[outputs_TKH.device.type == "cpu"] // (top_k * hidden))
+    parts = []
+    for start in range(0, max(tokens, 1), step):
+        wide_TKH = outputs_TKH[start : start + step].float()
+        norm_TK = torch.linalg.vector_norm(wide_TKH, dim=-1)
+        peak_TK = torch.maximum(wide_TKH.amax(dim=-1), -wide_TKH.amin(dim=-1))
+        parts.append((norm_TK, peak_TK, torch.bmm(wide_TKH, wide_TKH.transpose(1, 2))))
+    norm_TK, peak_TK, inner_TKK = (torch.cat(part) for part in zip(*parts, strict=True))
+    return norm_TK, peak_TK, inner_TKK
