@@ -171,7 +171,7 @@ def read_artifact(path: PathLike, schema: str) -> dict[str, Any]:
     try:
         text = Path(path).read_bytes()
     except OSError as error:
-        raise ArtifactError(f"cannot read {path}: {error.strerror}") from error
+        raise ArtifactError(f"cannot read {path}: {error.strerror}", "check the path") from error
     payload = parse_json(text, path, unique=True)
     check_schema(payload, schema, path)
     return dict(payload)

@@ -235,7 +235,8 @@ class RouterStatistics:
                 check_schema(metadata, SCHEMA, path)  # first, for a file of weights may hold what numpy cannot
                 arrays = {name: _read_array(file, name, path) for name in file.keys()}  # noqa: SIM118 - not a mapping
         except (OSError, SafetensorError) as error:
-            raise ArtifactError(f"cannot read statistics {path}: {error}") from error
+            hint = "check the path, or make it with `moeprune collect`"
+            raise ArtifactError(f"cannot read statistics {path}: {error}", hint) from error
         read = functools.partial(_decode, metadata, path)
         domains, num_experts, inputs = tuple(read("domains", list)), read("num_experts", int), read("inputs", dict)
         if not all(isinstance(label, str) for label in (*domains, *inputs.values())) or len({*domains}) < len(domains):
