@@ -19,7 +19,7 @@ FILES = {
 # From the bottom to the top; a name stands for a module, or for a package with all of its modules.
 LAYERS = (
     {"errors", "_files", "_version"},
-    {"statistics", "plans", "architectures"},
+    {"statistics", "plans", "architectures", "headers"},
     {"strategies", "checkpoint"},
     {"calibration", "collectors", "rewrite", "runtime", "evaluation", "engines"},
     {"planner", "_options"},

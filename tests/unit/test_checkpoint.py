@@ -18,8 +18,9 @@ from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 from moeprune.architectures import ExpertName, PlainName, RouterName, StackedName
-from moeprune.checkpoint import Checkpoint, open_checkpoint, read_header
+from moeprune.checkpoint import Checkpoint, open_checkpoint
 from moeprune.errors import ArtifactError, CheckpointError, LayoutError, MoePruneError, UnsupportedModelError
+from moeprune.headers import read_header
 from moeprune.rewrite.drop import output_tensors
 
 Tensors = dict[str, NDArray[Any]]

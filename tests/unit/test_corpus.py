@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 from safetensors import SafetensorError, deserialize
 
-from moeprune.checkpoint import read_header
 from moeprune.errors import ArtifactError, CheckpointError
+from moeprune.headers import read_header
 
 CORPUS = Path(__file__).parents[1] / "corpus" / "headers"
 DAMAGED = sorted((CORPUS / "damaged").iterdir())

@@ -24,8 +24,9 @@ from moeprune._files import (
 )
 from moeprune._version import __version__
 from moeprune.architectures import ExpertName, RouterName, StackedName
-from moeprune.checkpoint import Checkpoint, TensorEntry, check_inside
+from moeprune.checkpoint import Checkpoint, check_inside
 from moeprune.errors import ConfigError, PlanError, StaleArtifactError
+from moeprune.headers import TensorEntry
 from moeprune.plans import DROP, PruningPlan, check_keep
 from moeprune.rewrite.claims import check_unclaimed
 from moeprune.rewrite.copying import OutputTensor, Segment

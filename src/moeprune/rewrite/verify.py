@@ -8,8 +8,9 @@ from functools import partial
 from pathlib import Path
 
 from moeprune._files import PathLike, begin_work, byte_bar, read_artifact
-from moeprune.checkpoint import Checkpoint, TensorEntry, read_tensors
+from moeprune.checkpoint import Checkpoint, read_tensors
 from moeprune.errors import CheckpointError
+from moeprune.headers import TensorEntry
 from moeprune.plans import PruningPlan
 from moeprune.rewrite.copying import OutputTensor, Reader, Segment, in_threads
 from moeprune.rewrite.drop import PROVENANCE, check_plan, edited_files, keep_lists, output_tensors

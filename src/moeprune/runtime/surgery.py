@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moeprune._files import PathLike, begin_work, check_free_space, progress, to_json
-from moeprune.checkpoint import Checkpoint, TensorEntry, open_checkpoint
+from moeprune.checkpoint import Checkpoint, open_checkpoint
 from moeprune.collectors.probe import PLAN_ATTRIBUTE, ExpertLayer, expert_layers, fingerprint_of
 from moeprune.errors import CheckpointError, PlanError, StaleArtifactError
+from moeprune.headers import TensorEntry
 from moeprune.plans import PruningPlan, RouterShape, check_keep
 from moeprune.rewrite.claims import output_folder
 from moeprune.rewrite.copying import OutputTensor
