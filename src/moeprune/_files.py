@@ -251,11 +251,15 @@ def _check_place(target: Path) -> None:
         raise ConfigError(f"cannot write {target}: {folder} is no folder to write in", "choose another -o")
 
 
-def check_free_space(path: PathLike, needed: int) -> None:
-    """Refuse when the disk that will hold the folder ``path`` cannot take ``needed`` bytes.
+_BESIDE = 64_000_000  # bytes of tokenizer, index, plan and statistics beside the tensors, generously
+
+
+def check_free_space(path: PathLike, tensor_bytes: int) -> None:
+    """Refuse when the disk that will hold the folder ``path`` cannot take the tensors and what goes with them.
 
     What an earlier run left of it counts as free: it is used again or removed.
     """
+    needed = tensor_bytes + _BESIDE
     folder = Path(path).resolve()
     while not folder.exists():
         folder = folder.parent

@@ -191,7 +191,7 @@ def apply_drop(
     keep = keep_lists(plan)
     layout = lay_out(Remade(partial(output_tensors, checkpoint, keep)), max_shard_size)
     files = edited_files(checkpoint, keep, plan.config_edits)
-    check_free_space(output, layout.nbytes + 64_000_000)
+    check_free_space(output, layout.nbytes)
     with resumable_folder(output, _job(checkpoint, layout), overwrite=overwrite) as journal:
         begin_work()
         written = write_checkpoint(checkpoint, layout, files, journal.folder, journal)

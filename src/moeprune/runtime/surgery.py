@@ -166,7 +166,7 @@ def save_model(
     tensors = list(output_tensors(base, keep))
     wanted = _check_tensors(model, base, tensors)
     check_output(base, output, overwrite=overwrite)
-    check_free_space(output, sum(tensor.nbytes for tensor in tensors) + 64_000_000)
+    check_free_space(output, sum(tensor.nbytes for tensor in tensors))
     begin_work()
     with output_folder(output, overwrite=overwrite) as staging:
         files = edited_files(base, keep, plan.config_edits if plan else {})
