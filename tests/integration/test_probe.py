@@ -14,8 +14,8 @@ import pytest
 
 import moeprune
 from moeprune.architectures import ARCHITECTURES
-from moeprune.collectors.probe import NAME
 from moeprune.errors import ConfigError, MoePruneError, StaleArtifactError, UnsupportedModelError
+from moeprune.experts import NAME
 from moeprune.statistics import STATISTICS
 
 if TYPE_CHECKING:

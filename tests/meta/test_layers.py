@@ -20,7 +20,8 @@ FILES = {
 LAYERS = (
     {"errors", "_files", "_version"},
     {"statistics", "plans", "architectures", "headers"},
-    {"strategies", "checkpoint"},
+    {"strategies", "checkpoint", "experts"},
+    {"streaming"},
     {"calibration", "collectors", "rewrite", "runtime", "evaluation", "engines"},
     {"planner", "_options"},
     {"pipeline"},

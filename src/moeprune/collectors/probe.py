@@ -14,10 +14,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
-import re
-import weakref
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +23,7 @@ import numpy as np
 from moeprune._files import PathLike
 from moeprune.collectors.sums import LayerSums
 from moeprune.errors import ConfigError, MoePruneError, UnsupportedModelError
+from moeprune.experts import ExpertLayer, expert_layers, is_wrapped, wrapped_experts
 from moeprune.statistics import STATISTICS, AnyArray, RouterStatistics
 
 if TYPE_CHECKING:
@@ -33,51 +31,8 @@ if TYPE_CHECKING:
     from torch import nn
     from transformers import PreTrainedModel
 
-NAME = "moeprune_observe"
 PLAN_ATTRIBUTE = "moeprune_plan"  # where a model that was pruned in place keeps its plan
 _TOLERANCE = {4: 1e-5, 2: 2e-2}  # relative error of the rebuilt layer output, by bytes per element
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ExpertLayer:
-    """The modules of one MoE layer: its experts, and the router beside them."""
-
-    index: int
-    experts: nn.Module
-    router: nn.Module
-    num_experts: int
-
-
-def expert_layers(model: nn.Module) -> list[ExpertLayer]:
-    """Find the MoE layers of a loaded model by what they hold, not by the names of their classes.
-
-    Experts are a module with parameters that all have one row per expert; the router is the module beside them whose
-    parameters have those rows too.
-
-    Raises:
-        UnsupportedModelError: there are none, or a layer's router cannot be found.
-    """
-    found = []
-    for name, module in model.named_modules():
-        if not hasattr(module, "_is_expert_parallel") or not hasattr(module, "num_experts"):
-            continue
-        position = re.search(r"(?:^|\.)layers\.(\d+)\.", name)
-        if position is None:
-            continue
-        parent = model.get_submodule(name.rpartition(".")[0])
-        routers = [child for child in parent.children() if child is not module and _has_rows(child, module.num_experts)]
-        if len(routers) != 1:
-            raise UnsupportedModelError(f"cannot tell the router of {name}: {len(routers)} modules look like one")
-        found.append(
-            ExpertLayer(index=int(position[1]), experts=module, router=routers[0], num_experts=module.num_experts)
-        )
-    if not found:
-        raise UnsupportedModelError("the loaded model has no experts that transformers can observe", "is it dense?")
-    return found
-
-
-def _has_rows(module: nn.Module, count: int) -> bool:
-    return any(tensor.dim() == 2 and tensor.shape[0] == count for tensor in module.parameters(recurse=False))
 
 
 class Observation:
@@ -273,11 +228,9 @@ def observe(model: PreTrainedModel, *, domain: str = "default", like: PathLike |
         >>> stats.save("statistics.safetensors")
     """
     observation = Observation(model, domain=domain, fingerprint=fingerprint_of(model, like))
-    if any(experts in _ACTIVE for experts in observation.layers):
+    if any(is_wrapped(experts, observation.run_experts) for experts in observation.layers):
         raise ConfigError("the model is being observed already", "label parts of the data with domain()")
-    before = model.get_experts_implementation()
     with contextlib.ExitStack() as undo:
-        _register()
         base = model.base_model  # below the head: whatever calls it, the mask is that of the running batch
         signature = inspect.signature(base.forward)
         undo.callback(
@@ -285,28 +238,15 @@ def observe(model: PreTrainedModel, *, domain: str = "default", like: PathLike |
                 lambda _, args, kwargs: observation.read_mask(signature, args, kwargs), with_kwargs=True
             ).remove
         )
-        for experts, layer in observation.layers.items():
+        for layer in observation.layers.values():
             after = functools.partial(_after_router, observation, layer)
             undo.callback(layer.router.register_forward_hook(after).remove)
-            undo.callback(_ACTIVE.pop, experts, None)
-            _ACTIVE[experts] = (observation, _implementation(experts))
-        undo.callback(model.set_experts_implementation, before)
-        model.set_experts_implementation(NAME)
-        if any(_implementation(experts) != NAME for experts in observation.layers):
-            raise UnsupportedModelError("transformers cannot exchange the experts implementation of this model")
+        undo.enter_context(wrapped_experts(model, dict.fromkeys(observation.layers, observation.run_experts)))
         yield observation
-
-
-# Experts modules under observation, with the implementation that they had before.
-_ACTIVE: weakref.WeakKeyDictionary[nn.Module, tuple[Observation, str]] = weakref.WeakKeyDictionary()
 
 
 def _after_router(observation: Observation, layer: ExpertLayer, _: nn.Module, __: Any, output: Any) -> None:
     observation.read_logits(layer, output)
-
-
-def _implementation(experts: nn.Module) -> str:
-    return str(getattr(experts.config, "_experts_implementation", None) or "eager")
 
 
 def fingerprint_of(model: PreTrainedModel, like: PathLike | None = None) -> str:
@@ -333,27 +273,3 @@ def fingerprint_of(model: PreTrainedModel, like: PathLike | None = None) -> str:
                 "name the checkpoint that the model is of with like=FOLDER",
             )
     return checkpoint.fingerprint
-
-
-def _register() -> None:
-    """Put the observing function into transformers' experts interfaces, once."""
-    for interface in _interfaces():
-        if NAME not in interface.valid_keys():
-            interface.register(NAME, functools.partial(_observed_experts, interface))
-
-
-def _interfaces() -> list[Any]:
-    from transformers.integrations.finegrained_fp8 import ALL_FP8_EXPERTS_FUNCTIONS
-    from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
-
-    return [ALL_EXPERTS_FUNCTIONS, ALL_FP8_EXPERTS_FUNCTIONS]
-
-
-def _observed_experts(
-    interface: Any, experts: nn.Module, hidden: torch.Tensor, index: torch.Tensor, gates: torch.Tensor
-) -> torch.Tensor:
-    observation, name = _ACTIVE[experts]
-    eager = type(experts).forward.__wrapped__  # type: ignore[attr-defined]
-    original = eager if name == "eager" else interface.get_interface(name, eager)
-    output: torch.Tensor = observation.run_experts(original, experts, hidden, index, gates)
-    return output

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 from moeprune._files import PathLike, begin_work, check_free_space, progress, to_json
 from moeprune.checkpoint import Checkpoint, open_checkpoint
-from moeprune.collectors.probe import PLAN_ATTRIBUTE, ExpertLayer, expert_layers, fingerprint_of
+from moeprune.collectors.probe import PLAN_ATTRIBUTE, fingerprint_of
 from moeprune.errors import CheckpointError, PlanError, StaleArtifactError
+from moeprune.experts import ExpertLayer, expert_layers
 from moeprune.headers import TensorEntry
 from moeprune.plans import PruningPlan, RouterShape, check_keep
 from moeprune.rewrite.claims import output_folder
@@ -64,7 +65,7 @@ def prune_model(model: PreTrainedModel, plan: PruningPlan) -> PreTrainedModel:
         keep = plan.layers[layer.index].keep
         for module in layer.experts.modules():
             _slice_module(module, layer.num_experts, keep)
-        for module in (*layer.router.modules(), model.get_submodule(_parent_name(model, layer.experts))):
+        for module in (*layer.router.modules(), layer.block):
             _slice_module(module, layer.num_experts, keep)
     for holder in (model, model.config.get_text_config()):  # the model's own is read by the load-balancing loss
         _set_counts(holder, layers[0].num_experts, plan.kept)
@@ -95,11 +96,6 @@ def _check_fit(model: PreTrainedModel, layers: Sequence[ExpertLayer], plan: Prun
             topk_group=int(getattr(config, "topk_group", None) or 1),
         )
         check_keep(layer.index, plan.layers[layer.index].keep, shape)
-
-
-def _parent_name(model: nn.Module, child: nn.Module) -> str:
-    name: str = next(name for name, module in model.named_modules() if module is child)
-    return name.rpartition(".")[0]
 
 
 def _slice_module(module: nn.Module, num_experts: int, keep: tuple[int, ...]) -> None:
