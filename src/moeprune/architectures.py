@@ -142,6 +142,7 @@ class MoESpec:
         stacked: names after the same prefix of tensors that hold all experts of the layer along their first axis,
             with any companion of theirs: ``<experts><name>``, ``<experts><name>_bias`` and so on. A layer has either
             these or one set of tensors per expert.
+        projections: names, after an expert's number, of its gate, up and down projection.
         router: name inside a layer of every tensor with one row per expert, and the axis of those rows; every MoE
             layer must have all of them.
         shared: prefixes inside a layer that look like experts or routers and are neither.
@@ -161,6 +162,7 @@ class MoESpec:
     model_type: str
     experts: str = "mlp.experts."
     stacked: tuple[str, ...] = ("gate_up_proj", "down_proj")
+    projections: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj")
     router: Mapping[str, int]
     shared: tuple[str, ...] = ()
     section: str = ""
@@ -296,12 +298,14 @@ ARCHITECTURES: Mapping[str, MoESpec] = {
         MoESpec(
             model_type="mixtral",
             experts=f"{_BLOCK}experts.",
+            projections=("w1", "w3", "w2"),
             router={f"{_BLOCK}gate.weight": 0},
             count_keys=("num_local_experts",),
         ),
         MoESpec(
             model_type="minimax_m2",
             experts=f"{_BLOCK}experts.",
+            projections=("w1", "w3", "w2"),
             router={f"{_BLOCK}gate.weight": 0, f"{_BLOCK}e_score_correction_bias": 0},  # the bias is above the gate
             count_keys=("num_local_experts",),
             mtp_key="num_mtp_modules",

@@ -1,0 +1,190 @@
+"""A model without weights, whose decoder layers run one at a time.
+
+The model's own forward pass prepares masks, positions and whatever else a layer is given; every other layer is replaced
+by a stub that hands on what the layer before gave. So nothing about an architecture is known here.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import warnings
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any, cast
+
+from moeprune.checkpoint import Checkpoint
+from moeprune.errors import CheckpointError, ConfigError, UnsupportedModelError, first_line
+from moeprune.experts import expert_layers
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+    from transformers import PreTrainedModel
+
+    Inputs = Mapping[str, torch.Tensor]
+    State = tuple[torch.Tensor, ...]  # what a decoder layer gives: hidden states [B, S, H], and what few families add
+
+
+def build_skeleton(checkpoint: Checkpoint, *, dtype: str = "auto", trust_remote_code: bool = False) -> PreTrainedModel:
+    """The model of a checkpoint with parameters that have shapes and no memory; buffers are real.
+
+    Args:
+        checkpoint: an opened checkpoint.
+        dtype: of the parameters; ``auto`` is the checkpoint's own.
+        trust_remote_code: run code that comes with the checkpoint.
+
+    Raises:
+        ConfigError: an unknown dtype.
+        CheckpointError: transformers does not know the model.
+    """
+    from accelerate import init_empty_weights
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            config = AutoConfig.from_pretrained(checkpoint.path, trust_remote_code=trust_remote_code)
+            wanted = _dtype_of(config, checkpoint, dtype)
+            for part in (config, config.get_text_config()):
+                # A quantised source is dequantised as it is read, into a plain model.
+                vars(part).pop("quantization_config", None)
+            with init_empty_weights(include_buffers=False):
+                model = AutoModelForCausalLM.from_config(config, dtype=wanted, trust_remote_code=trust_remote_code)
+        except (OSError, ValueError, RuntimeError, ImportError) as error:
+            raise CheckpointError(f"transformers cannot build {checkpoint.path}: {first_line(error)}") from error
+    return cast("PreTrainedModel", model.eval())
+
+
+def _dtype_of(config: Any, checkpoint: Checkpoint, name: str) -> torch.dtype:
+    """The dtype that transformers would load the checkpoint in."""
+    import torch
+
+    if name != "auto":
+        return torch_dtype(name)
+    own = getattr(config, "dtype", None) or getattr(config.get_text_config(), "dtype", None)
+    if isinstance(own, torch.dtype) and own.is_floating_point:
+        return own
+    plain = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+    stored = (plain[entry.dtype] for entry in checkpoint.tensors.values() if entry.dtype in plain)
+    return next(stored, torch.bfloat16)
+
+
+def torch_dtype(name: str) -> torch.dtype:
+    """The floating-point dtype of that name.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    import torch
+
+    chosen = getattr(torch, name, None)
+    if not (isinstance(chosen, torch.dtype) and chosen.is_floating_point):
+        raise ConfigError(f"unknown --dtype {name!r}", "auto, float32, bfloat16 or float16")
+    return chosen
+
+
+class LayerRunner:
+    """Runs one decoder layer of a model on the states that the layer before it gave."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.model = model
+        self.path = _layers_path(model)
+        owner, _, self._attribute = self.path.rpartition(".")
+        self._owner = model.get_submodule(owner)
+        self.layers: list[nn.Module] = list(getattr(self._owner, self._attribute))
+
+    def embed(self, inputs: Inputs) -> State:
+        """What the first decoder layer is given, for ``input_ids`` and ``attention_mask``, both [B, S]."""
+        with self._arranged(0, entry := _entry()), contextlib.suppress(_Stop):
+            self.model.base_model(**inputs, use_cache=False)
+        return entry.state
+
+    def run(self, index: int, state: State, inputs: Inputs) -> State:
+        """Run one layer.
+
+        Args:
+            index: of the decoder layer.
+            state: what :meth:`embed` or the layer before gave.
+            inputs: ``attention_mask`` [B, S].
+        """
+        with self._arranged(index, real := _real(self.layers[index], state), state), contextlib.suppress(_Stop):
+            self.model.base_model(inputs_embeds=state[0], attention_mask=inputs["attention_mask"], use_cache=False)
+        return real.state
+
+    def logits(self, state: State, inputs: Inputs, positions: torch.Tensor) -> torch.Tensor:
+        """Logits [B, len(positions), V] after the last layer."""
+        with self._arranged(len(self.layers), None, state):
+            given = {"inputs_embeds": state[0], "attention_mask": inputs["attention_mask"]}
+            logits: torch.Tensor = self.model(**given, use_cache=False, logits_to_keep=positions).logits
+        return logits
+
+    @contextlib.contextmanager
+    def _arranged(self, index: int, at: Any, before: State = ()) -> Iterator[None]:
+        """Put ``at`` in the place of one layer, and stubs that hand on ``before`` in the place of those before it."""
+        from torch import nn
+
+        stub = _stub(before)
+        stubs = [stub] * index + ([at] if at is not None else [])
+        # As many as before: a model may walk through a list of kinds of layers beside them.
+        arranged = nn.ModuleList(stubs + [stub] * (len(self.layers) - len(stubs)))
+        setattr(self._owner, self._attribute, arranged)
+        try:
+            yield
+        finally:
+            setattr(self._owner, self._attribute, nn.ModuleList(self.layers))
+
+
+def _layers_path(model: PreTrainedModel) -> str:
+    experts = expert_layers(model)[0].experts
+    name = next(name for name, module in model.named_modules() if module is experts)
+    path = re.match(r"(.*?\blayers)\.\d+\.", name)
+    if path is None:
+        raise UnsupportedModelError(f"cannot find the list of decoder layers above {name}", "use --no-stream")
+    return path[1]
+
+
+class _Stop(Exception):  # noqa: N818 - no error: the forward pass has got as far as it need
+    """Ends a forward pass after the layer of interest."""
+
+
+def _as_state(output: Any) -> State:
+    return output if isinstance(output, tuple) else (output,)
+
+
+def _stub(state: State) -> Any:
+    """A layer that gives what the layer before the one of interest gave: a tensor, or a tuple where there is more."""
+    from torch import nn
+
+    class Stub(nn.Module):
+        def forward(self, *_: Any, **__: Any) -> Any:
+            return state[0] if len(state) == 1 else state
+
+    return Stub()
+
+
+def _entry() -> Any:
+    """A layer that keeps what it is given."""
+    from torch import nn
+
+    class Entry(nn.Module):
+        state: State = ()
+
+        def forward(self, hidden: torch.Tensor, *_: Any, **__: Any) -> None:
+            self.state = (hidden,)
+            raise _Stop
+
+    return Entry()
+
+
+def _real(layer: nn.Module, given: State) -> Any:
+    """The layer of interest, fed with ``given`` whatever the model made of its inputs on the way."""
+    from torch import nn
+
+    class Real(nn.Module):
+        state: State = ()
+
+        def forward(self, _: torch.Tensor, *args: Any, **kwargs: Any) -> None:
+            self.state = _as_state(layer(given[0], *args, **kwargs))
+            raise _Stop
+
+    return Real()
