@@ -66,7 +66,7 @@ Calibration = Annotated[
     typer.Option(
         "--calibration",
         metavar="[DOMAIN=]SOURCE",
-        help="Repeatable: .jsonl .json .parquet .txt, or org/name[/config][@split].",
+        help="Repeatable: .jsonl .json .parquet .txt, or org/name[/config][@split][#revision].",
     ),
 ]
 NumSamples = Annotated[int, typer.Option("--num-samples", metavar="N", help="Rows per source.")]
@@ -80,6 +80,23 @@ Device = Annotated[
 ]
 Dtype = Annotated[
     str, typer.Option("--dtype", metavar="DTYPE", help="auto (the checkpoint's own), float32, bfloat16, float16.")
+]
+Stream = Annotated[
+    bool | None,
+    typer.Option(
+        "--stream/--no-stream",
+        show_default=False,
+        help="Run one layer at a time, or load the whole model.  [default: by what fits]",
+    ),
+]
+Memory = Annotated[
+    str | None, typer.Option("--memory", metavar="SIZE", help="Main memory that a pass layer by layer may use: 16GiB.")
+]
+DeviceMemory = Annotated[
+    str | None, typer.Option("--device-memory", metavar="SIZE", help="The same of the accelerator's memory.")
+]
+Layers = Annotated[
+    str, typer.Option("--layers", metavar="L,L-L,...", help="Collect a slice of the decoder layers: 0-11,13.")
 ]
 Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that comes with the model.")]
 
@@ -174,6 +191,30 @@ def protected_of(text: str) -> dict[int, frozenset[int]] | None:
             raise ConfigError(f"--protect: {item!r} is not LAYER:EXPERT", "write it as 0:17,3:5")
         layers.setdefault(int(layer), set()).add(int(expert))
     return {layer: frozenset(experts) for layer, experts in layers.items()} or None
+
+
+def layers_of(text: str) -> tuple[int, ...] | None:
+    """Decoder layers, ``0-2,5`` as ``(0, 1, 2, 5)``.
+
+    Raises:
+        ConfigError: a part is neither a number nor a range.
+    """
+    found: list[int] = []
+    for item in names(text):
+        first, _, last = item.partition("-")
+        if not first.isdecimal() or not (last or first).isdecimal() or int(last or first) < int(first):
+            raise ConfigError(f"--layers: {item!r} is no layer or range of layers", "write it as 0-11,13")
+        found += range(int(first), int(last or first) + 1)
+    return tuple(found) or None
+
+
+def size_of(text: str | None) -> int | None:
+    """Bytes, from ``16GiB`` or ``500MB``.
+
+    Raises:
+        ConfigError: it is no size.
+    """
+    return None if text is None else _files.parse_size(text)
 
 
 def model_args_of(text: str) -> dict[str, Any]:

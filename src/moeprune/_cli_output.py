@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from moeprune.plans import PruningPlan
     from moeprune.rewrite.verify import Verification
     from moeprune.statistics import RouterStatistics
+    from moeprune.streaming.forecast import Forecast
 
 
 def print_json(value: Mapping[str, Any]) -> None:
@@ -112,6 +113,27 @@ def _proof_object(proof: Verification) -> dict[str, Any]:
     return {"tensors": proof.tensors, "bytes": proof.nbytes, "files": proof.files}
 
 
+def print_forecast(expected: Forecast | None, output: Path | None, *, as_json: bool) -> None:
+    """What a collection would take."""
+    if as_json:
+        print_json({"output": str(output), "written": False, "forecast": expected.to_dict() if expected else None})
+    else:
+        show(f"{_render_forecast(expected)}\ndry run: nothing was written to {output}")
+
+
+def _render_forecast(expected: Forecast | None) -> str:
+    if expected is None:
+        return "collecting: the whole model is loaded"
+    states = "hidden states in files" if expected.spill else "hidden states in memory"
+    size = _files.human_bytes
+    how = f"{expected.chunk} experts of a layer at a time" if expected.chunked else "one layer at a time"
+    return (
+        f"collecting: {how}, {states}; at most {expected}\n"
+        f"  of memory: {size(expected.layer)} of weights, {size(expected.work)} for a batch, "
+        f"{size(expected.states)} of hidden states"
+    )
+
+
 def print_statistics(output: Path, statistics: RouterStatistics, *, as_json: bool) -> None:
     """What a statistics file holds."""
     facts = {
@@ -131,7 +153,7 @@ def print_statistics(output: Path, statistics: RouterStatistics, *, as_json: boo
 
 def print_checkpoint(checkpoint: Checkpoint, *, as_json: bool) -> None:
     """What a checkpoint is."""
-    from moeprune.planner import ranges
+    from moeprune.errors import ranges
 
     shape = checkpoint.router
     facts = {
@@ -191,6 +213,8 @@ def print_pruned(result: PruneResult, *, as_json: bool) -> None:
     if result.report is not None:
         show("")
         print_report(result.report, None, as_json=False)
+    if result.forecast is not None:
+        show(_render_forecast(result.forecast))
     show(_written(result.output, dry_run=dry_run))
     if result.report is not None:
         show(f"report: {result.output / 'moeprune' / 'report' / 'report.md'}")
@@ -203,6 +227,7 @@ def _pruned_object(result: PruneResult) -> dict[str, Any]:
         "written": not dry_run,
         # which experts stay is not known yet in a dry run: its plan must not be mistaken for one
         "plan": _outlook(result.plan) if dry_run else result.plan.to_dict(),
+        "forecast": result.forecast.to_dict() if result.forecast else None,
         "verification": _proof_object(result.verification) if result.verification else None,
         "report": result.report.payload() if result.report is not None else None,
     }

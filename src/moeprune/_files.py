@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
+import errno
 import hashlib
 import json
 import math
@@ -19,12 +20,13 @@ import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import IO, Any, TypeVar
 
 from moeprune.errors import ArtifactError, ConfigError
 
 T = TypeVar("T")
 PathLike = str | os.PathLike[str]
+_NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL}
 
 quiet: contextvars.ContextVar[bool] = contextvars.ContextVar("quiet", default=False)
 _working: contextvars.ContextVar[bool] = contextvars.ContextVar("working", default=False)
@@ -196,10 +198,11 @@ def sha256_bytes(*parts: bytes) -> str:
 # --- writing --------------------------------------------------------------------------------------------------------
 
 
-def write_atomic(path: PathLike, data: bytes | str) -> Path:
-    """Write a file so that it is there whole or not at all, also after a power cut."""
+def write_atomic(path: PathLike, data: bytes | str | Iterator[bytes]) -> Path:
+    """Write a file, given whole or piece by piece, so that it is there whole or not at all, also after a power cut."""
     target = Path(path)
-    payload = data.encode() if isinstance(data, str) else data
+    whole = data.encode() if isinstance(data, str) else data
+    pieces = (whole,) if isinstance(whole, bytes) else whole
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         descriptor, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
@@ -207,7 +210,7 @@ def write_atomic(path: PathLike, data: bytes | str) -> Path:
         raise ArtifactError(f"cannot write {target}: {error.strerror}") from error
     try:
         with os.fdopen(descriptor, "wb") as handle:
-            handle.write(payload)
+            handle.writelines(pieces)
             handle.flush()
             os.fsync(handle.fileno())
         os.chmod(temporary, 0o666 & ~_umask())
@@ -278,6 +281,27 @@ def hidden_sibling(path: PathLike, kind: str) -> Path:
     return target.with_name(f".{target.name}.moeprune-{kind}")
 
 
+def lock_file(file: IO[bytes], target: Path, *, shared: bool = False) -> None:
+    """Lock an open file for ``target``, or refuse when another run holds it.
+
+    Where locks are not to be had, runs are not kept apart.
+
+    Raises:
+        ConfigError: another run holds the lock.
+    """
+    try:
+        import fcntl
+
+        fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+    except ImportError:
+        return
+    except BlockingIOError:
+        raise ConfigError(f"another run is writing {target}", "wait for it, or choose another -o") from None
+    except OSError as error:
+        if error.errno not in _NO_LOCKS:
+            raise
+
+
 def sync_path(path: Path) -> None:
     """Flush a file, or a folder's own entries, to the device, where the system can."""
     with contextlib.suppress(OSError):
@@ -301,6 +325,24 @@ def human_bytes(count: float) -> str:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
         count /= 1000
     raise AssertionError
+
+
+def parse_size(text: str) -> int:
+    """Bytes of a size such as ``5GB`` or ``512MiB``.
+
+    Raises:
+        ConfigError: not a size.
+    """
+    units = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+    number = text.strip().rstrip("BKMGIbkmgi")
+    unit = text.strip()[len(number) :].upper()
+    try:
+        size = int(float(number) * units[unit])
+    except (KeyError, ValueError, OverflowError):
+        raise ConfigError(f"{text!r} is not a size", "write it as 5GB or 512MiB") from None
+    if size < 1:
+        raise ConfigError(f"{text!r} is no size that could hold anything", "write it as 5GB or 512MiB")
+    return size
 
 
 # --- safetensors ----------------------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ from typing import Any
 
 from moeprune.calibration import CalibrationSet, check_vocabulary, load_calibration
 from moeprune.checkpoint import Checkpoint
-from moeprune.errors import ConfigError, nearest
+from moeprune.errors import ConfigError, nearest, ranges
 from moeprune.evaluation.settings import EvalSettings
 from moeprune.plans import Budget
 
@@ -27,6 +27,9 @@ class CalibrationOptions:
         batch_tokens: tokens per batch, padding included.
         device, dtype: where and in what the model runs; ``auto`` is the checkpoint's own dtype.
         trust_remote_code: run code that comes with the checkpoint.
+        stream: run one decoder layer at a time; None does so where the model does not fit.
+        memory, device_memory: bytes that a pass layer by layer may use; by default what is free.
+        layers: decoder layers to collect; by default all that have experts.
     """
 
     sources: tuple[str, ...] = ()
@@ -39,6 +42,24 @@ class CalibrationOptions:
     device: str | None = None
     dtype: str = "auto"
     trust_remote_code: bool = False
+    stream: bool | None = None
+    memory: int | None = None
+    device_memory: int | None = None
+    layers: tuple[int, ...] | None = None
+
+    def observed(self, checkpoint: Checkpoint) -> tuple[int, ...]:
+        """The decoder layers to collect.
+
+        Raises:
+            ConfigError: one of them has no routed experts.
+        """
+        odd = sorted(set(self.layers or ()) - set(checkpoint.moe_layers))
+        if odd:
+            known = checkpoint.moe_layers
+            raise ConfigError(
+                f"--layers names layer {odd[0]}, which has no routed experts", f"layers with experts: {ranges(known)}"
+            )
+        return tuple(sorted(set(self.layers))) if self.layers else checkpoint.moe_layers
 
     def load(self, checkpoint: Checkpoint) -> CalibrationSet:
         """Read and tokenise the sources."""
@@ -61,7 +82,10 @@ class CalibrationOptions:
     def canonical(self) -> dict[str, Any]:
         """The options that decide the statistics, file names without their folders."""
         options = dataclasses.asdict(self)
-        del options["device"], options["trust_remote_code"], options["sources"]  # sources are in the provenance
+        for name in ("device", "trust_remote_code", "sources", "stream", "memory", "device_memory"):
+            del options[name]  # sources are in the provenance, and how a model runs does not change what is seen
+        if self.layers is None:
+            del options["layers"]
         return {"stage": "collect"} | options
 
 

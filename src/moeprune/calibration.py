@@ -6,30 +6,41 @@ anything runs, so that any split of it over processes adds up to the same counts
 
 from __future__ import annotations
 
+import hashlib
 import itertools
+import json
 import re
+import sys
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
 
-from moeprune._files import parse_json, sha256_bytes
+from moeprune._files import parse_json, quiet, sha256_bytes
 from moeprune.errors import ConfigError, first_line
 
 T = TypeVar("T")
 DEFAULT_DOMAIN = "default"
 Row = Mapping[str, Any]
-_SOURCES = "a .jsonl, .json, .parquet or .txt file, or a data set org/name[/config][@split]"
+Pair = tuple[str, tuple[int, ...]]  # a label and token ids
+_SOURCES = "a .jsonl, .json, .parquet or .txt file, or a data set org/name[/config][@split][#revision]"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Batch:
-    """Sequences of one domain that go through the model together."""
+    """Sequences of one domain and one half of the data that go through the model together.
+
+    Attributes:
+        domain: label of the rows.
+        half: 0 or 1: what each half says on its own tells how far the data can be trusted.
+        sequences: token ids by row.
+    """
 
     domain: str
+    half: int
     sequences: tuple[tuple[int, ...], ...]
 
 
@@ -39,7 +50,9 @@ class CalibrationSet:
 
     Attributes:
         sequences: token ids by row; ``domains``: the label of each row.
-        provenance: one entry per source: source, rows, tokens, seed, sha256 of the token ids.
+        provenance: one entry per source, which says exactly where its tokens come from: the file's name and sha256 or
+            the data set's config, split and commit, the columns and the tokenizer that were used, how rows were
+            drawn, cut and packed, and the sha256 of the token ids. No paths, hosts or times.
     """
 
     sequences: tuple[tuple[int, ...], ...]
@@ -58,20 +71,31 @@ class CalibrationSet:
         return sha256_bytes(*(_row_bytes(domain, ids) for domain, ids in rows))
 
     def batches(self, batch_tokens: int) -> list[Batch]:
-        """Group rows of one domain and similar length; padded, no batch of several rows exceeds ``batch_tokens``."""
+        """Group rows of one domain, one half and similar length.
+
+        The rows of a domain go to the two halves in turn. Padded, no batch of several rows exceeds ``batch_tokens``.
+        """
         by_domain: dict[str, list[tuple[int, ...]]] = defaultdict(list)
         for domain, ids in zip(self.domains, self.sequences, strict=True):
             by_domain[domain].append(ids)
-        batches = []
-        for domain in sorted(by_domain):
-            group: list[tuple[int, ...]] = []
-            for ids in sorted(by_domain[domain], key=len, reverse=True):  # stable: equal lengths keep their order
-                if group and len(group[0]) * (len(group) + 1) > batch_tokens:
-                    batches.append(Batch(domain=domain, sequences=tuple(group)))
-                    group = []
-                group.append(ids)
-            batches.append(Batch(domain=domain, sequences=tuple(group)))
-        return batches
+        return [
+            Batch(domain=domain, half=half, sequences=group)
+            for domain in sorted(by_domain)
+            for half in (0, 1)
+            for group in _groups(by_domain[domain][half::2], batch_tokens)
+        ]
+
+
+def _groups(rows: Sequence[tuple[int, ...]], batch_tokens: int) -> Iterator[tuple[tuple[int, ...], ...]]:
+    """Rows by length, the longest first, cut where one more would not fit."""
+    group: list[tuple[int, ...]] = []
+    for ids in sorted(rows, key=len, reverse=True):  # stable: equal lengths keep their order
+        if group and len(group[0]) * (len(group) + 1) > batch_tokens:
+            yield tuple(group)
+            group = []
+        group.append(ids)
+    if group:
+        yield tuple(group)
 
 
 def _row_bytes(domain: str, ids: Sequence[int]) -> bytes:
@@ -93,9 +117,9 @@ def load_calibration(
 
     Args:
         sources: ``[DOMAIN=]SOURCE`` each; a source is a ``.jsonl``, ``.json``, ``.parquet`` or ``.txt`` file, or a Hub
-            data set ``org/name[/config][@split]``. Rows have a column ``text``, ``messages`` (the chat template is
-            applied) or ``input_ids`` (used as they are); a column ``domain`` labels the row. A ``.txt`` file is split
-            at blank lines.
+            data set ``org/name[/config][@split][#revision]``. Rows have a column ``text``, ``messages`` (the chat
+            template is applied) or ``input_ids`` (used as they are); a column ``domain`` labels the row. A ``.txt``
+            file is split at blank lines.
         tokenizer_path: the checkpoint folder; its tokenizer is loaded only when a row needs it.
         num_samples: rows taken from each source, the first ones or, with ``shuffle``, drawn with ``seed``.
         max_length: tokens per sequence.
@@ -111,36 +135,54 @@ def load_calibration(
         raise ConfigError(f"--seed must be at least 0, not {seed}")
     if not sources:
         raise ConfigError("no calibration source is given", f"give {_SOURCES}")
+    recipe = _Recipe(num_samples=num_samples, max_length=max_length, shuffle=shuffle, pack=pack, seed=seed)
     encode = _Encoder(tokenizer_path, trust_remote_code=trust_remote_code)
-    sequences: list[tuple[int, ...]] = []
-    domains: list[str] = []
-    provenance = []
-    for source in (sources,) if isinstance(sources, str) else sources:
-        label, location = _split_label(source)
-        rows = _take(enumerate(read_rows(location), 1), num_samples, shuffle=shuffle, seed=seed)
-        pairs = [(_domain(row, label), encode(row, f"row {number} of {location!r}")) for number, row in rows]
-        pairs = [(domain, ids) for domain, ids in pairs if ids]
-        pairs = _packed(pairs, max_length, encode) if pack else [(domain, ids[:max_length]) for domain, ids in pairs]
-        if not pairs:
-            raise ConfigError(f"calibration source {location!r} gives no usable token", "check its rows and columns")
-        domains += [domain for domain, _ in pairs]
-        sequences += [ids for _, ids in pairs]
-        provenance.append(_describe(location, pairs, len(rows), shuffle=shuffle, pack=pack, seed=seed))
-    return CalibrationSet(sequences=tuple(sequences), domains=tuple(domains), provenance=tuple(provenance))
+    read = [_read_source(source, encode, recipe) for source in ((sources,) if isinstance(sources, str) else sources)]
+    return CalibrationSet(
+        sequences=tuple(ids for pairs, _ in read for _, ids in pairs),
+        domains=tuple(domain for pairs, _ in read for domain, _ in pairs),
+        provenance=tuple(entry for _, entry in read),
+    )
 
 
-def _describe(
-    location: str, pairs: Sequence[tuple[str, tuple[int, ...]]], rows: int, *, shuffle: bool, pack: bool, seed: int
-) -> dict[str, Any]:
-    return {
-        "source": Path(location).name if _is_file(location) else location,
-        "rows": rows,
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Recipe:
+    """How rows are drawn, cut and packed, see :func:`load_calibration`."""
+
+    num_samples: int
+    max_length: int
+    shuffle: bool
+    pack: bool
+    seed: int
+
+
+def _read_source(source: str, encode: _Encoder, recipe: _Recipe) -> tuple[list[Pair], dict[str, Any]]:
+    """Labelled sequences of one source, and its entry of the provenance."""
+    label, location = _split_label(source)
+    opened = open_source(location)
+    rows = _take(enumerate(opened.rows, 1), recipe.num_samples, shuffle=recipe.shuffle, seed=recipe.seed)
+    read = [(_domain(row, label), *encode(row, f"row {number} of {location!r}")) for number, row in rows]
+    columns = {column for _, column, ids in read if ids}
+    pairs = [(domain, ids) for domain, _, ids in read if ids]
+    if recipe.pack:
+        pairs = _packed(pairs, recipe.max_length, encode.separator if columns - {"input_ids"} else ())
+    else:
+        pairs = [(domain, ids[: recipe.max_length]) for domain, ids in pairs]
+    if not pairs:
+        raise ConfigError(f"calibration source {location!r} gives no usable token", "check its rows and columns")
+    entry = {
+        **opened.origin,
+        **encode.origin(columns),
+        "domains": sorted({domain for domain, _ in pairs}),
+        "rows": len(rows),
         "sequences": len(pairs),
         "tokens": sum(len(ids) for _, ids in pairs),
-        "packed": pack,
-        "shuffle_seed": seed if shuffle else None,
+        "max_length": recipe.max_length,
+        "packed": recipe.pack,
+        "shuffle_seed": recipe.seed if recipe.shuffle else None,
         "sha256": sha256_bytes(*(_row_bytes(domain, ids) for domain, ids in pairs)),
     }
+    return pairs, entry
 
 
 def _split_label(source: str) -> tuple[str, str]:
@@ -165,12 +207,20 @@ def _take(rows: Iterable[T], count: int, *, shuffle: bool, seed: int) -> list[T]
 # --- sources --------------------------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Source:
+    """Rows, and where exactly they come from: a file by its content, a data set by its commit."""
+
+    rows: Iterable[Row]
+    origin: dict[str, Any]
+
+
 def _is_file(location: str) -> bool:
     return Path(location).suffix in {".jsonl", ".json", ".parquet", ".txt"}
 
 
-def read_rows(location: str) -> Iterator[Row]:
-    """Rows of a local file or a Hub data set.
+def open_source(location: str) -> Source:
+    """Open a local file or a Hub data set; the rows of a file are read when they are asked for.
 
     Raises:
         ConfigError: it cannot be read.
@@ -179,11 +229,13 @@ def read_rows(location: str) -> Iterator[Row]:
     if not _is_file(location):
         if path.exists():
             raise ConfigError(f"cannot read calibration data from {location!r}", f"it must be {_SOURCES}")
-        return _hub_rows(location)
+        return _hub_source(location)
     if not path.is_file():
         raise ConfigError(f"no calibration file {location!r}")
     readers = {".jsonl": _jsonl_rows, ".json": _json_rows, ".parquet": _parquet_rows, ".txt": _txt_rows}
-    return readers[path.suffix](path)
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    return Source(rows=readers[path.suffix](path), origin={"source": path.name, "file_sha256": digest})
 
 
 def _jsonl_rows(path: Path) -> Iterator[Row]:
@@ -229,18 +281,31 @@ def _txt_rows(path: Path) -> Iterator[Row]:
             yield {"text": paragraph}
 
 
-def _hub_rows(location: str) -> Iterator[Row]:
-    name, _, split = location.partition("@")
-    if not re.fullmatch(r"\w[\w.-]*(/[\w.-]+){1,2}", name):
-        raise ConfigError(f"calibration source {location!r} is neither a file nor a data set", f"give {_SOURCES}")
-    parts = name.split("/")
-    from datasets import load_dataset
+_DATA_SET = re.compile(
+    r"(?P<name>\w[\w.-]*/[\w.-]+)(?:/(?P<config>[\w.-]+))?(?:@(?P<split>[^#]*))?(?:#(?P<revision>.+))?"
+)
 
+
+def _hub_source(location: str) -> Source:
+    wanted = _DATA_SET.fullmatch(location)
+    if not wanted:
+        raise ConfigError(f"calibration source {location!r} is neither a file nor a data set", f"give {_SOURCES}")
+    revision, split = wanted["revision"], wanted["split"] or "train"
+    import datasets
+
+    if quiet.get() or not sys.stderr.isatty():
+        datasets.disable_progress_bars()
     try:
-        data = load_dataset("/".join(parts[:2]), parts[2] if len(parts) == 3 else None, split=split or "train")
-    except (OSError, ValueError) as error:  # what datasets raises for no network, no such name, split or config
+        builder = datasets.load_dataset_builder(wanted["name"], wanted["config"], revision=revision)
+        builder.download_and_prepare()
+        data = builder.as_dataset(split=split)
+    except Exception as error:  # no network, no such name, config or split, damaged files: datasets raises anything
         raise ConfigError(f"cannot load data set {location!r}: {first_line(error)}", "or use a local file") from error
-    yield from data
+    if revision and re.fullmatch("[0-9a-f]{40}", revision) and builder.hash != revision:
+        # without a network datasets takes whatever commit it has
+        raise ConfigError(f"of data set {location!r} only commit {builder.hash} is here", "go online, or name that")
+    origin = {"source": wanted["name"], "config": builder.config.name, "split": split, "revision": builder.hash}
+    return Source(rows=data, origin=origin)
 
 
 # --- tokens ---------------------------------------------------------------------------------------------------------
@@ -260,15 +325,19 @@ class _Encoder:
             self._loaded = _load_tokenizer(self._path, trust_remote_code=self._trust)
         return self._loaded
 
-    def __call__(self, row: Row, where: str) -> tuple[int, ...]:
+    def __call__(self, row: Row, where: str) -> tuple[str, tuple[int, ...]]:
+        """The column that was used, and the token ids."""
         if row.get("input_ids") is not None:
-            return self._given(row["input_ids"], where)
+            return "input_ids", self._given(row["input_ids"], where)
         if row.get("messages") is not None:
-            return self._chat(row["messages"], where)
+            return "messages", self._chat(row["messages"], where)
         if isinstance(row.get("text"), str):
-            return tuple(self.tokenizer(row["text"], verbose=False)["input_ids"]) if row["text"].strip() else ()
+            return "text", self._text(row["text"])
         columns = ", ".join(map(repr, row)) or "none"
         raise ConfigError(f"{where} has no text, messages or input_ids", f"its columns: {columns}")
+
+    def _text(self, text: str) -> tuple[int, ...]:
+        return tuple(self.tokenizer(text, verbose=False)["input_ids"]) if text.strip() else ()
 
     def _given(self, ids: Any, where: str) -> tuple[int, ...]:
         if not isinstance(ids, list) or not all(type(token) is int and 0 <= token < 2**31 for token in ids):
@@ -287,9 +356,20 @@ class _Encoder:
 
     @property
     def separator(self) -> tuple[int, ...]:
-        """What stands between packed rows: the end-of-sequence token, when a tokenizer is in use."""
-        end = self._loaded.eos_token_id if self._loaded is not None else None
+        """What stands between packed rows: the end-of-sequence token."""
+        end = self.tokenizer.eos_token_id
         return () if end is None else (int(end),)
+
+    def origin(self, columns: Set[str]) -> dict[str, Any]:
+        """What made token ids of these columns, by its content."""
+        facts: dict[str, Any] = {"columns": sorted(columns)}
+        if "messages" in columns:
+            facts["chat_template_sha256"] = sha256_bytes(self.tokenizer.get_chat_template().encode())
+        if columns - {"input_ids"}:
+            file = self._path / "tokenizer.json"
+            vocabulary = json.dumps(self.tokenizer.get_vocab(), sort_keys=True).encode()
+            facts["tokenizer_sha256"] = sha256_bytes(file.read_bytes() if file.is_file() else vocabulary)
+        return facts
 
 
 def _load_tokenizer(path: Path, *, trust_remote_code: bool) -> Any:
@@ -306,13 +386,14 @@ def _load_tokenizer(path: Path, *, trust_remote_code: bool) -> Any:
     return tokenizer
 
 
-def _packed(
-    pairs: Sequence[tuple[str, tuple[int, ...]]], max_length: int, encode: _Encoder
-) -> list[tuple[str, tuple[int, ...]]]:
-    """Join the rows of each domain and cut them; a last piece shorter than ``max_length`` stays when it is alone."""
+def _packed(pairs: Sequence[Pair], max_length: int, separator: tuple[int, ...]) -> list[Pair]:
+    """Join the rows of each domain and cut them; a last piece shorter than ``max_length`` stays when it is alone.
+
+    A separator follows every row; rows of given token ids have none, for they are used as they are.
+    """
     joined: dict[str, list[int]] = defaultdict(list)
     for domain, ids in pairs:
-        joined[domain] += [*ids, *encode.separator]
+        joined[domain] += [*ids, *separator]
     packed = []
     for domain, stream in joined.items():
         whole = max(len(stream) // max_length * max_length, min(len(stream), max_length))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -55,6 +55,9 @@ def prune(
     seed: opt.Seed = 0,
     device: opt.Device = None,
     dtype: opt.Dtype = "auto",
+    stream: opt.Stream = None,
+    memory: opt.Memory = None,
+    device_memory: opt.DeviceMemory = None,
     trust_remote_code: opt.Trust = False,
     revision: opt.Revision = None,
     weights: opt.Weights = "",
@@ -80,7 +83,6 @@ def prune(
 ) -> None:
     """Collect, plan, apply, verify and, with --eval, evaluate. Without MODEL: the bundled model and its tasks."""
     from moeprune import oneshot
-    from moeprune.rewrite.shards import parse_size
     from moeprune.strategies import DEFAULT
 
     _check_gate(fail_on, evaluated=bool(tasks) or model is None)
@@ -101,6 +103,9 @@ def prune(
         seed=seed,
         device=device,
         dtype=dtype,
+        stream=stream,
+        memory=opt.size_of(memory),
+        device_memory=opt.size_of(device_memory),
         trust_remote_code=trust_remote_code,
         revision=revision,
         weights=opt.weights_of(weights),
@@ -109,7 +114,7 @@ def prune(
         target=opt.names(target),
         round_to=round_to,
         mtp=mtp,
-        max_shard_size=parse_size(max_shard_size),
+        max_shard_size=_files.parse_size(max_shard_size),
         backend=backend,
         model_args=opt.model_args_of(model_args),
         batch_size=batch_size,
@@ -138,33 +143,47 @@ def collect(
     seed: opt.Seed = 0,
     device: opt.Device = None,
     dtype: opt.Dtype = "auto",
+    stream: opt.Stream = None,
+    memory: opt.Memory = None,
+    device_memory: opt.DeviceMemory = None,
+    layers: opt.Layers = "",
     trust_remote_code: opt.Trust = False,
     revision: opt.Revision = None,
     overwrite: opt.Overwrite = False,
+    dry_run: opt.DryRun = False,
     as_json: opt.AsJson = False,
     quiet: opt.Quiet = False,
     verbose: opt.Verbose = 0,
 ) -> None:
     """Run calibration data through a model and add up what its routers and experts do."""
     from moeprune import pipeline
+    from moeprune.collectors.distributed import from_environment
     from moeprune.planner import coverage_warnings
 
-    statistics = pipeline.collect(
-        model,
-        output,
-        calibration=calibration,
-        num_samples=num_samples,
-        max_length=max_length,
-        shuffle=shuffle,
-        pack=pack,
-        batch_tokens=batch_tokens,
-        seed=seed,
-        device=device,
-        dtype=dtype,
-        trust_remote_code=trust_remote_code,
-        revision=revision,
-        overwrite=overwrite,
-    )
+    options: dict[str, Any] = {
+        "calibration": calibration,
+        "num_samples": num_samples,
+        "max_length": max_length,
+        "shuffle": shuffle,
+        "pack": pack,
+        "batch_tokens": batch_tokens,
+        "seed": seed,
+        "device": device,
+        "dtype": dtype,
+        "stream": stream,
+        "memory": opt.size_of(memory),
+        "device_memory": opt.size_of(device_memory),
+        "layers": opt.layers_of(layers),
+        "trust_remote_code": trust_remote_code,
+        "revision": revision,
+        "overwrite": overwrite,
+    }
+    if dry_run:
+        out.print_forecast(pipeline.forecast(model, output, **options), output, as_json=as_json)
+        return
+    statistics = pipeline.collect(model, output, **options)
+    if not from_environment().first:
+        return  # process 0 tells what came of all of them
     nothing = ["no calibration data: only strategies that need none can plan from this file"]
     out.say_notes(coverage_warnings(statistics) if statistics.tokens else nothing)
     out.print_statistics(output, statistics, as_json=as_json)
@@ -252,13 +271,12 @@ def apply(
 ) -> None:
     """Write the pruned checkpoint that a plan describes, by copying bytes."""
     from moeprune import pipeline
-    from moeprune.rewrite.shards import parse_size
 
     written, decided = pipeline.apply_plan(
         model,
         plan_file,
         output,
-        max_shard_size=parse_size(max_shard_size),
+        max_shard_size=_files.parse_size(max_shard_size),
         overwrite=overwrite,
         revision=revision,
         dry_run=dry_run,
@@ -418,6 +436,10 @@ def _root(
     if context.invoked_subcommand is None:
         out.say(context.get_help())
         raise typer.Exit(2)
+    if context.invoked_subcommand != "collect":
+        from moeprune.collectors.distributed import refuse_many
+
+        refuse_many(f"`moeprune {context.invoked_subcommand}`")
 
 
 # --- running --------------------------------------------------------------------------------------------------------

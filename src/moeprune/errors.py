@@ -18,7 +18,7 @@ Each carries one line that says what is wrong and, where there is one, a hint th
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 
 class MoePruneError(Exception):
@@ -87,3 +87,14 @@ def nearest(name: str, known: Iterable[str]) -> str:
         return "did you mean " + " or ".join(repr(choice) for choice in near) + "?"
     shown = ", ".join(choices[:20])
     return f"known: {shown}" + (", ..." if len(choices) > 20 else "")
+
+
+def ranges(numbers: Sequence[int]) -> str:
+    """Ascending numbers as people write them: ``0-2, 5`` for 0, 1, 2, 5."""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    return ", ".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs) or "none"

@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     Wrapper = Callable[[Experts, nn.Module, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
 NAME = "moeprune"  # of our function in transformers' experts interfaces
+_SLOT_ELEMENTS = {True: 1 << 24, False: 1 << 28}  # of the (token, slot) rows that run at a time, on a CPU and elsewhere
+_ROWS_PER_EXPERT = 128  # below that, reading an expert's weights takes longer than multiplying by them
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,7 +60,10 @@ def expert_layers(model: nn.Module) -> list[ExpertLayer]:
         block = model.get_submodule(name.rpartition(".")[0])
         routers = [child for child in block.children() if child is not module and _has_rows(child, module.num_experts)]
         if len(routers) != 1:
-            raise UnsupportedModelError(f"cannot tell the router of {name}: {len(routers)} modules look like one")
+            raise UnsupportedModelError(
+                f"cannot tell the router of {name}: {len(routers)} modules look like one",
+                "" if routers else "look for the layers, or start to observe, before experts are masked",
+            )
         found.append(
             ExpertLayer(
                 index=int(position[1]),
@@ -82,9 +87,21 @@ _WRAPPERS: weakref.WeakKeyDictionary[nn.Module, list[Wrapper]] = weakref.WeakKey
 _BELOW: weakref.WeakKeyDictionary[nn.Module, str] = weakref.WeakKeyDictionary()
 
 
+def slot_rows(hidden: int, num_experts: int, device_type: str) -> int:
+    """How many (token, slot) rows of ``hidden`` elements should run through a layer's experts at a time."""
+    return max(_SLOT_ELEMENTS[device_type == "cpu"] // hidden, _ROWS_PER_EXPERT * num_experts)
+
+
 @contextlib.contextmanager
-def wrapped_experts(model: PreTrainedModel, wrappers: Mapping[nn.Module, Wrapper]) -> Iterator[None]:
-    """Let wrappers run in the place of experts modules inside the block; the last one entered is called first.
+def wrapped_experts(
+    model: PreTrainedModel, wrappers: Mapping[nn.Module, Wrapper], *, innermost: bool = False
+) -> Iterator[None]:
+    """Let wrappers run in the place of experts modules inside the block.
+
+    Args:
+        model: the loaded model.
+        wrappers: by experts module.
+        innermost: call them last, next to the experts; else first, before all others.
 
     Raises:
         UnsupportedModelError: transformers cannot exchange the experts implementation of this model.
@@ -102,7 +119,7 @@ def wrapped_experts(model: PreTrainedModel, wrappers: Mapping[nn.Module, Wrapper
         if any(implementation_of(experts) != NAME for experts in wrappers):
             raise UnsupportedModelError("transformers cannot exchange the experts implementation of this model")
         for experts, wrapper in wrappers.items():
-            _WRAPPERS[experts].append(wrapper)
+            _WRAPPERS[experts].insert(0 if innermost else len(_WRAPPERS[experts]), wrapper)
             undo.callback(_WRAPPERS[experts].remove, wrapper)
         yield
 

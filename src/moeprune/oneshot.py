@@ -12,10 +12,12 @@ from moeprune._files import PathLike
 from moeprune._options import CalibrationOptions, budget_of, by_stage, check_margin, eval_settings, several
 from moeprune.calibration import CalibrationSet
 from moeprune.checkpoint import Checkpoint, open_checkpoint
+from moeprune.collecting import collect_from, expected_of
+from moeprune.collectors.distributed import refuse_many
 from moeprune.errors import ConfigError, EvaluationError
 from moeprune.evaluation.harness import preflight
 from moeprune.evaluation.settings import EvalSettings
-from moeprune.pipeline import BUNDLED, check_space, collect_from, default_output, evaluate_checkpoints
+from moeprune.pipeline import BUNDLED, check_space, default_output, evaluate_checkpoints
 from moeprune.planner import Decisions, check_decisions, make_plan, preview
 from moeprune.plans import PruningPlan
 from moeprune.rewrite.drop import DEFAULT_SHARD_SIZE, PROVENANCE, apply_drop, check_output
@@ -26,6 +28,7 @@ from moeprune.strategies import DEFAULT, Criterion, resolve
 if TYPE_CHECKING:
     from moeprune.evaluation.compare import EvalReport
     from moeprune.rewrite.verify import Verification
+    from moeprune.streaming.forecast import Forecast
 
 BUNDLED_TASKS = ("tiny",)
 BUNDLED_LIMIT = 200  # questions per bundled task, so that a first look takes minutes
@@ -41,6 +44,7 @@ class PruneResult:
     statistics: RouterStatistics | None = None
     verification: Verification | None = None
     report: EvalReport | None = None
+    forecast: Forecast | None = None
 
 
 def prune(
@@ -87,6 +91,7 @@ def prune(
         >>> result = moeprune.prune("base", "pruned", ratio=0.5, calibration="data.jsonl", tasks="arc_easy")
         >>> result.report.tasks[0].change
     """
+    refuse_many("prune")
     sources, names = several(calibration), several(tasks)
     check_margin(margin)
     _check_evaluated(names, options, bundled=model is None)
@@ -104,8 +109,9 @@ def prune(
     data = _load(checkpoint, settings, wanted)
     evaluation = _preflight(names, evaluated, checkpoint) if names else None
     if dry_run:
-        return PruneResult(output=target, plan=look)
-    statistics = collect_from(checkpoint, settings, data)
+        expected = expected_of(checkpoint, settings, data, output=target) if data else None
+        return PruneResult(output=target, plan=look, forecast=expected)
+    statistics = collect_from(checkpoint, settings, data, output=target)
     made = make_plan(checkpoint, statistics, wanted)
     apply_drop(checkpoint, made, target, max_shard_size=max_shard_size, overwrite=overwrite, extra=_records(statistics))
     result = PruneResult(output=target, plan=made, statistics=statistics, verification=verify_drop(checkpoint, target))

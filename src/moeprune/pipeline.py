@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 from moeprune._files import PathLike, begin_work, check_free_space, check_output_file, check_output_folder
 from moeprune._options import CalibrationOptions, budget_of, by_stage, check_margin, eval_settings, several
-from moeprune.calibration import CalibrationSet
 from moeprune.checkpoint import Checkpoint, open_checkpoint
+from moeprune.collecting import collect_from, expected_of
+from moeprune.collectors.distributed import process_group
 from moeprune.planner import Decisions, Protected, derive, make_plan
 from moeprune.plans import MtpPolicy, PruningPlan
 from moeprune.rewrite.drop import DEFAULT_SHARD_SIZE, apply_drop, check_output, keep_lists, output_tensors
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from moeprune.evaluation.compare import EvalReport
     from moeprune.evaluation.settings import EvalSettings
     from moeprune.rewrite.verify import Verification
+    from moeprune.streaming.forecast import Forecast
 
 BUNDLED = Path(__file__).parent / "data"
 
@@ -49,12 +51,14 @@ def collect(
         options: other fields of :class:`moeprune._options.CalibrationOptions`.
 
     Returns:
-        The statistics, as written.
+        The statistics, as written. Of the processes that a launcher started, each runs its share of the data, and the
+        first writes and returns the statistics of all; the others return statistics of no tokens.
 
     Raises:
         ConfigError: an option cannot work, or the data gives no usable token.
         CheckpointError: the model's files are missing, damaged or unreachable.
         UnsupportedModelError: an unknown architecture, or one without routed experts.
+        MoePruneError: another process of the same run failed.
 
     Example:
         >>> statistics = moeprune.collect("base", "statistics.safetensors", calibration="data.jsonl", num_samples=256)
@@ -62,34 +66,44 @@ def collect(
     sources = several(calibration)
     [given] = by_stage(options, CalibrationOptions)
     settings = CalibrationOptions(sources=sources, **given)
-    if output is not None:
-        check_output_file(output, overwrite=overwrite)
-    checkpoint = open_checkpoint(model, revision=revision)
-    statistics = collect_from(checkpoint, settings, settings.load(checkpoint) if sources else None)
-    if output is not None:
-        statistics.save(output)
+    with process_group() as ranks:
+        if output is not None and ranks.first:
+            check_output_file(output, overwrite=overwrite)
+        checkpoint = open_checkpoint(model, revision=revision)
+        data = settings.load(checkpoint) if sources else None
+        statistics = collect_from(checkpoint, settings, data, ranks, output=Path(output) if output else None)
+        if output is not None and ranks.first:
+            statistics.save(output)
     return statistics
 
 
-def collect_from(checkpoint: Checkpoint, settings: CalibrationOptions, data: CalibrationSet | None) -> RouterStatistics:
-    """Collect from an opened checkpoint and loaded data; without data, statistics of no tokens."""
-    if data is None:
-        return RouterStatistics.empty(
-            checkpoint.moe_layers,
-            num_experts=checkpoint.num_experts,
-            top_k=checkpoint.top_k,
-            model=checkpoint.fingerprint,
-        )
-    from moeprune.collectors.resident import load_model, run_batches
+def forecast(
+    model: PathLike,
+    output: PathLike | None = None,
+    *,
+    calibration: Sequence[str] | str,
+    revision: str | None = None,
+    overwrite: bool = False,
+    **options: Any,
+) -> Forecast | None:
+    """Check what :func:`collect` would do and say what it would take, without running or writing anything.
 
-    loaded = load_model(
-        checkpoint, device=settings.device, dtype=settings.dtype, trust_remote_code=settings.trust_remote_code
-    )
-    begin_work()
-    observation = run_batches(loaded, data.batches(settings.batch_tokens), checkpoint)
-    return observation.result(
-        command=settings.canonical(), inputs={"calibration": data.fingerprint}, provenance=data.provenance
-    )
+    Args:
+        model, output, calibration, revision, overwrite, options: as for :func:`collect`.
+
+    Returns:
+        Peak memory, disk and reading of a pass layer by layer; None where the model would be loaded whole.
+
+    Example:
+        >>> print(moeprune.forecast("base", calibration="data.jsonl", memory=16 << 30))
+    """
+    sources = several(calibration)
+    [given] = by_stage(options, CalibrationOptions)
+    settings = CalibrationOptions(sources=sources, **given)
+    if output is not None:
+        check_output_file(output, overwrite=overwrite)
+    checkpoint = open_checkpoint(model, revision=revision)
+    return expected_of(checkpoint, settings, settings.load(checkpoint), output=Path(output) if output else None)
 
 
 def plan(

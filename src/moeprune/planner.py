@@ -14,7 +14,7 @@ from moeprune._files import human_bytes
 from moeprune.architectures import ExpertName, RouterName, StackedName
 from moeprune.checkpoint import Checkpoint
 from moeprune.engines import ENGINES, engine_remarks, engine_verdicts
-from moeprune.errors import ConfigError, PlanError, StaleArtifactError, nearest
+from moeprune.errors import ConfigError, PlanError, StaleArtifactError, nearest, ranges
 from moeprune.plans import Budget, LayerPlan, MtpPolicy, PruningPlan
 from moeprune.rewrite.drop import check_plan, keep_lists, output_tensors
 from moeprune.statistics import RouterStatistics, domain_weights
@@ -195,17 +195,6 @@ def _check_protection(checkpoint: Checkpoint, protect: Protected) -> None:
         if odd:
             what = f"--protect names expert {odd[0]} of {checkpoint.num_experts} in layer {layer}"
             raise ConfigError(what, f"experts are 0 to {checkpoint.num_experts - 1}")
-
-
-def ranges(numbers: Sequence[int]) -> str:
-    """Ascending numbers as people write them: ``0-2, 5`` for 0, 1, 2, 5."""
-    runs: list[list[int]] = []
-    for number in numbers:
-        if runs and number == runs[-1][-1] + 1:
-            runs[-1].append(number)
-        else:
-            runs.append([number])
-    return ", ".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs) or "none"
 
 
 def _union(first: Protected, second: Protected) -> dict[int, frozenset[int]]:

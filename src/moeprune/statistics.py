@@ -3,16 +3,20 @@
 Sums, never means: two files add up to the file of the concatenated data, domains can be weighted afterwards, and any
 ratio can be planned from one calibration. On disk (schema ``moeprune.statistics/1``) they are a safetensors file with
 tensors ``layers.<decoder layer on disk>.<statistic>``, whose first axis is the domains in the order of the header key
-``domains``; counts are int64, everything else float64.
+``domains``; counts are int64, everything else float64. Tensors ``first_half.<layer>.<statistic>`` hold the same of half
+of the calibration data, so that one can see how far two halves agree. A file is read array by array, when needed.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+import io
 import json
+import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,7 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moeprune._files import PathLike, check_schema, envelope, parse_json, safetensors_header, write_atomic
-from moeprune.errors import ArtifactError, ConfigError, StaleArtifactError, StrategyError, nearest
+from moeprune.errors import ArtifactError, ConfigError, MoePruneError, StaleArtifactError, StrategyError, nearest
 
 SCHEMA = "moeprune.statistics/1"
 FloatArray = NDArray[np.float64]
@@ -66,6 +70,19 @@ STATISTICS: Mapping[str, Statistic] = {
 }
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LayerArrays:
+    """The sums of one decoder layer by statistic, arrays of shape [domains, ...].
+
+    Attributes:
+        total: of all data.
+        first_half: of half of it.
+    """
+
+    total: dict[str, AnyArray]
+    first_half: dict[str, AnyArray]
+
+
 class LayerStatistics:
     """The statistics of one layer with the domains already weighted: ``layer.gated_norm_sum`` is an [E] array.
 
@@ -107,10 +124,12 @@ class RouterStatistics:
         domains: labels of the calibration data, the first axis of every array.
         num_experts: routed experts per layer (E).
         top_k: experts per token.
-        layers: arrays of shape [domains, ...] by decoder layer and statistic.
+        layers: arrays of shape [domains, ...] by decoder layer and statistic, which may be read from a file anew each
+            time that one is asked for.
         command: canonical options of the collection.
         inputs: fingerprints: ``model`` and ``calibration``.
         provenance: where the calibration data came from, one entry per source.
+        first_half: the same arrays of half of the calibration data, for the layers of which they are known.
     """
 
     domains: tuple[str, ...]
@@ -120,6 +139,42 @@ class RouterStatistics:
     command: Mapping[str, Any]
     inputs: Mapping[str, str]
     provenance: Sequence[Mapping[str, Any]] = ()
+    first_half: Mapping[int, Mapping[str, AnyArray]] = field(default_factory=dict)
+
+    @classmethod
+    def of_layers(
+        cls,
+        layers: Mapping[int, LayerArrays],
+        *,
+        domains: Sequence[str],
+        num_experts: int,
+        top_k: int,
+        command: Mapping[str, Any],
+        inputs: Mapping[str, str],
+        provenance: Sequence[Mapping[str, Any]] = (),
+    ) -> RouterStatistics:
+        """Put the sums of all layers together.
+
+        Args:
+            layers: sums by decoder layer on disk, with the domains in the order of ``domains``.
+            domains: labels of the first axis.
+            num_experts, top_k, command, inputs, provenance: see the class.
+
+        Raises:
+            MoePruneError: the layers did not see the same tokens.
+        """
+        for half in ("total", "first_half"):
+            _check_tokens(domains, [getattr(arrays, half)["tokens"] for arrays in layers.values()])
+        return cls(
+            domains=tuple(domains),
+            num_experts=num_experts,
+            top_k=top_k,
+            layers={index: arrays.total for index, arrays in sorted(layers.items())},
+            command=command,
+            inputs=inputs,
+            provenance=provenance,
+            first_half={index: arrays.first_half for index, arrays in sorted(layers.items())},
+        )
 
     @classmethod
     def empty(cls, layers: Iterable[int], *, num_experts: int, top_k: int, model: str) -> RouterStatistics:
@@ -155,7 +210,8 @@ class RouterStatistics:
             ConfigError: a weight for a domain that is not there, or no positive weight.
         """
         factors = domain_weights(self.domains, weights)
-        values = {name: self._combine(name, array, factors) for name, array in self.layers[index].items()}
+        arrays = self.layers[index]
+        values = _Lazy(arrays, lambda name: self._combine(name, arrays[name], factors))
         return LayerStatistics(values, layer=index, num_experts=self.num_experts, seed=seed)
 
     @staticmethod
@@ -165,51 +221,61 @@ class RouterStatistics:
             return used.max(axis=0) if len(used) else np.zeros(array.shape[1:])
         return np.tensordot(factors, array, axes=1)
 
-    def merge(self, other: RouterStatistics) -> RouterStatistics:
-        """Statistics of both data sets together.
+    def halves(self) -> tuple[RouterStatistics, RouterStatistics]:
+        """The two halves of the calibration data, each on its own.
 
-        Raises:
-            StaleArtifactError: they were made for different models.
-            ArtifactError: they do not hold the same layers and statistics.
+        Returns:
+            The statistics of each half, of the layers of which they are known. What is no sum, such as the largest
+            value, is that of all data in both.
         """
-        if self.inputs.get("model") != other.inputs.get("model"):
-            raise StaleArtifactError("the statistics files were made for different models")
-        if self._shape() != other._shape():
-            raise ArtifactError("the statistics files do not hold the same layers and statistics")
-        domains = tuple(dict.fromkeys((*self.domains, *other.domains)))
-        layers = {
-            layer: {name: _merge_arrays(name, domains, self, other, layer) for name in values}
-            for layer, values in self.layers.items()
-        }
-        return RouterStatistics(
-            domains=domains,
-            num_experts=self.num_experts,
-            top_k=self.top_k,
-            layers=layers,
-            command={"stage": "stats merge", "of": [*_merged_commands(self), *_merged_commands(other)]},
-            inputs={**self.inputs, "calibration": "+".join(sorted((*_calibrations(self), *_calibrations(other))))},
-            provenance=(*self.provenance, *other.provenance),
-        )
 
-    def _shape(self) -> tuple[int, int, dict[int, set[str]]]:
-        return self.num_experts, self.top_k, {layer: set(values) for layer, values in self.layers.items()}
+        def half_of(part: Callable[[AnyArray, AnyArray], AnyArray]) -> RouterStatistics:
+            layers = {layer: self._half(layer, part) for layer in self.first_half}
+            return dataclasses.replace(self, layers=layers, first_half={})
+
+        return half_of(lambda _, first: first), half_of(lambda total, first: total - first)
+
+    def _half(self, layer: int, part: Callable[[AnyArray, AnyArray], AnyArray]) -> Mapping[str, AnyArray]:
+        total, first = self.layers[layer], self.first_half[layer]
+
+        def make(name: str) -> AnyArray:
+            return part(total[name], first[name]) if STATISTICS[name].merge == "sum" else total[name]
+
+        return _Lazy(first, make)
+
+    def merge(self, other: RouterStatistics) -> RouterStatistics:
+        """Statistics of both together, see :func:`merge_statistics`."""
+        return merge_statistics([self, other])
 
     def save(self, path: PathLike) -> Path:
         """Write the statistics file."""
-        return write_atomic(path, self.to_bytes())
+        return write_atomic(path, self._pieces())
 
     def to_bytes(self) -> bytes:
         """The statistics file; equal statistics give equal bytes."""
-        names = [(layer, name) for layer in sorted(self.layers) for name in STATISTICS if name in self.layers[layer]]
-        arrays = [_on_disk(name, self.layers[layer][name]) for layer, name in names]
-        header = safetensors_header(
+        buffer = io.BytesIO()
+        buffer.writelines(self._pieces())
+        return buffer.getvalue()
+
+    def _pieces(self) -> Iterator[bytes]:
+        """The file: its header, and one array after the other."""
+        entries = [
+            (f"{part}.{layer}.{name}", name, layers[layer])
+            for part, layers in (("layers", self.layers), ("first_half", self.first_half))
+            for layer in sorted(layers)
+            for name in STATISTICS
+            if name in layers[layer]
+        ]
+        shapes = {name: (len(self.domains), *STATISTICS[name].shape(self.num_experts)) for name in STATISTICS}
+        yield safetensors_header(
             (
-                (f"layers.{layer}.{name}", "I64" if STATISTICS[name].integer else "F64", array.shape, array.nbytes)
-                for (layer, name), array in zip(names, arrays, strict=True)
+                (key, "I64" if STATISTICS[name].integer else "F64", shapes[name], 8 * math.prod(shapes[name]))
+                for key, name, _ in entries
             ),
             self._metadata(),
         )
-        return b"".join((header, *(array.tobytes() for array in arrays)))
+        for _, name, arrays in entries:
+            yield _on_disk(name, arrays[name]).reshape(shapes[name]).tobytes()
 
     def _metadata(self) -> dict[str, str]:
         described = envelope(SCHEMA, self.command, self.inputs) | {
@@ -222,33 +288,35 @@ class RouterStatistics:
 
     @classmethod
     def load(cls, path: PathLike) -> RouterStatistics:
-        """Read a statistics file.
+        """Open a statistics file; arrays are read when they are asked for.
 
         Raises:
-            ArtifactError: it is missing, damaged, of another schema, or an array has the wrong shape.
+            ArtifactError: it is missing, damaged, of another schema, or an array has the wrong shape or type. An array
+                that holds numbers that are not finite raises it when it is read.
         """
         from safetensors import SafetensorError, safe_open
 
         try:
-            with safe_open(path, framework="numpy") as file:
-                metadata = dict(file.metadata() or {})
-                check_schema(metadata, SCHEMA, path)  # first, for a file of weights may hold what numpy cannot
-                arrays = {name: _read_array(file, name, path) for name in file.keys()}  # noqa: SIM118 - not a mapping
+            file: Any = safe_open(path, framework="numpy")
+            metadata = dict(file.metadata() or {})
         except (OSError, SafetensorError) as error:
             hint = "check the path, or make it with `moeprune collect`"
             raise ArtifactError(f"cannot read statistics {path}: {error}", hint) from error
+        check_schema(metadata, SCHEMA, path)
         read = functools.partial(_decode, metadata, path)
         domains, num_experts, inputs = tuple(read("domains", list)), read("num_experts", int), read("inputs", dict)
         if not all(isinstance(label, str) for label in (*domains, *inputs.values())) or len({*domains}) < len(domains):
             raise ArtifactError(f"{path}: the domains or inputs in its header are no distinct labels")
+        layers, first_half = _stored_layers(file, len(domains), num_experts, path)
         return cls(
             domains=domains,
             num_experts=num_experts,
             top_k=read("top_k", int),
-            layers=_by_layer(arrays, len(domains), num_experts, path),
+            layers=layers,
             command=read("command", dict),
             inputs=inputs,
             provenance=tuple(read("provenance", list)),
+            first_half=first_half,
         )
 
 
@@ -270,24 +338,163 @@ def domain_weights(domains: Sequence[str], weights: Mapping[str, float] | None) 
     return factors
 
 
+# --- several files ----------------------------------------------------------------------------------------------------
+
+
 def merge_statistics(parts: Iterable[RouterStatistics]) -> RouterStatistics:
-    """Merge any number of statistics of one model."""
-    return functools.reduce(RouterStatistics.merge, parts)
+    """Merge any number of statistics of one model.
+
+    Those of the same layers add up. Those of other layers that saw the same calibration data are slices of one
+    collection and are put together first.
+
+    Raises:
+        StaleArtifactError: they were made for different models.
+        ArtifactError: they share some layers and not others, or slices saw different data.
+    """
+    wholes: list[RouterStatistics] = []
+    for part in parts:
+        _check_mergeable(wholes[0] if wholes else part, part)
+        place = next((place for place, whole in enumerate(wholes) if _are_slices(whole, part)), None)
+        if place is None:
+            wholes.append(part)
+        else:
+            wholes[place] = _put_together(wholes[place], part)
+    return wholes[0] if len(wholes) == 1 else _added_up(wholes)
 
 
-def _merged_commands(part: RouterStatistics) -> list[Any]:
+def _check_mergeable(first: RouterStatistics, part: RouterStatistics) -> None:
+    if first.inputs.get("model") != part.inputs.get("model"):
+        raise StaleArtifactError("the statistics files were made for different models")
+    if (first.num_experts, first.top_k) != (part.num_experts, part.top_k):
+        raise ArtifactError("the statistics files were made with different numbers of experts")
+
+
+def _are_slices(first: RouterStatistics, second: RouterStatistics) -> bool:
+    """Whether two parts are of different layers and of the same data."""
+    data = first.inputs.get("calibration")
+    return bool(data) and data == second.inputs.get("calibration") and not first.layers.keys() & second.layers.keys()
+
+
+def _put_together(first: RouterStatistics, second: RouterStatistics) -> RouterStatistics:
+    """The layers of two slices side by side."""
+    tokens = [next(iter(part.layers.values()))["tokens"].tolist() for part in (first, second)]
+    if first.domains != second.domains or tokens[0] != tokens[1]:
+        raise ArtifactError(
+            "the slices of layers did not see the same tokens by domain", "collect them from the same data"
+        )
+    return dataclasses.replace(
+        first,
+        layers=dict(sorted({**first.layers, **second.layers}.items())),
+        first_half=dict(sorted({**first.first_half, **second.first_half}.items())),
+        command=_merged_command((first, second)),
+    )
+
+
+def _added_up(parts: Sequence[RouterStatistics]) -> RouterStatistics:
+    """The sums of statistics of the same layers."""
+    first = parts[0]
+    for part in parts:
+        _check_same_layers(first, part)
+    domains = tuple(dict.fromkeys(domain for part in parts for domain in part.domains))
+    filled = [part for part in parts if part.tokens]
+    halved = [layer for layer in first.layers if filled and all(layer in part.first_half for part in filled)]
+    calibrations = sorted(
+        source for part in parts for source in part.inputs.get("calibration", "").split("+") if source
+    )
+    return dataclasses.replace(
+        first,
+        domains=domains,
+        layers={
+            layer: _sums(domains, [(part.domains, part.layers[layer]) for part in parts]) for layer in first.layers
+        },
+        first_half={
+            layer: _sums(domains, [(part.domains, part.first_half[layer]) for part in filled]) for layer in halved
+        },
+        command=_merged_command(parts),
+        inputs={**first.inputs, "calibration": "+".join(calibrations)},
+        provenance=tuple(entry for part in parts for entry in part.provenance),
+    )
+
+
+def _check_same_layers(first: RouterStatistics, part: RouterStatistics) -> None:
+    shared = sorted(first.layers.keys() & part.layers.keys())
+    apart = sorted(first.layers.keys() ^ part.layers.keys())
+    if shared and apart:
+        raise ArtifactError(
+            f"the statistics files share layers such as {shared[0]} and not others such as {apart[0]}",
+            "merge files of the same layers, or slices of one collection that have no layer in common",
+        )
+    if apart:
+        raise ArtifactError(
+            "the statistics files are of different layers and of different calibration data",
+            "merge the slices of one collection first",
+        )
+    if any(set(first.layers[layer]) != set(part.layers[layer]) for layer in shared):
+        raise ArtifactError("the statistics files do not hold the same statistics")
+
+
+def _sums(
+    domains: tuple[str, ...], parts: Sequence[tuple[tuple[str, ...], Mapping[str, AnyArray]]]
+) -> Mapping[str, AnyArray]:
+    """Arrays [domains, ...] of one layer, added up over parts that each have domains of their own."""
+
+    def make(name: str) -> AnyArray:
+        arrays = [(labels, values[name]) for labels, values in parts]
+        total = np.zeros((len(domains), *arrays[0][1].shape[1:]), dtype=arrays[0][1].dtype)
+        for labels, array in arrays:
+            rows = [domains.index(label) for label in labels]
+            total[rows] = added(name, total[rows], array)
+        return total
+
+    return _Lazy(parts[0][1], make)
+
+
+def added(name: str, first: AnyArray, second: AnyArray) -> AnyArray:
+    """Two arrays of one statistic together, by its merge rule."""
+    return np.maximum(first, second) if STATISTICS[name].merge == "max" else first + second
+
+
+def _merged_command(parts: Sequence[RouterStatistics]) -> dict[str, Any]:
     """The collections behind some statistics, flat, so that the order of merging leaves no trace."""
-    return list(part.command.get("of") or [dict(part.command)])
+    return {
+        "stage": "stats merge",
+        "of": [command for part in parts for command in part.command.get("of") or [dict(part.command)]],
+    }
 
 
-def _calibrations(part: RouterStatistics) -> list[str]:
-    return [source for source in part.inputs.get("calibration", "").split("+") if source]
+def _check_tokens(domains: Sequence[str], tokens: Sequence[AnyArray]) -> None:
+    """Refuse layers that did not all see the same tokens [domains]."""
+    differs_D = np.any(np.stack(tokens) != tokens[0], axis=0)
+    if differs_D.any():
+        raise MoePruneError(
+            f"the layers did not see the same tokens in domain {domains[int(differs_D.argmax())]!r}",
+            "a forward pass ended early: observe again without that batch",
+        )
 
 
-def _read_array(file: Any, name: str, path: PathLike) -> AnyArray:
-    if file.get_slice(name).get_dtype() not in {"I64", "F64"}:
-        raise ArtifactError(f"{path}: {name!r} is neither int64 nor float64")
-    return np.asarray(file.get_tensor(name))
+# --- the file ---------------------------------------------------------------------------------------------------------
+
+
+class _Lazy(Mapping[str, AnyArray]):
+    """Arrays by statistic that are made when they are asked for and not kept: all of them may not fit into memory."""
+
+    def __init__(self, names: Iterable[str], make: Callable[[str], AnyArray]) -> None:
+        self._names = tuple(names)
+        self._make = make
+
+    def __getitem__(self, name: str) -> AnyArray:
+        if name not in self._names:
+            raise KeyError(name)
+        return self._make(name)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._names
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
 
 
 def _decode(metadata: Mapping[str, str], path: PathLike, key: str, kind: type[Any]) -> Any:
@@ -303,33 +510,46 @@ def _on_disk(name: str, array: AnyArray) -> AnyArray:
     return np.ascontiguousarray(array, dtype="<i8" if STATISTICS[name].integer else "<f8")
 
 
-def _merge_arrays(
-    name: str, domains: tuple[str, ...], first: RouterStatistics, second: RouterStatistics, layer: int
-) -> AnyArray:
-    shape = (len(domains), *first.layers[layer][name].shape[1:])
-    total = np.zeros(shape, dtype=first.layers[layer][name].dtype)
-    for part in (first, second):
-        rows = [domains.index(domain) for domain in part.domains]
-        values = part.layers[layer][name]
-        total[rows] = np.maximum(total[rows], values) if STATISTICS[name].merge == "max" else total[rows] + values
-    return total
-
-
-def _by_layer(
-    arrays: Mapping[str, AnyArray], domains: int, num_experts: int, path: PathLike
-) -> dict[int, dict[str, AnyArray]]:
-    layers: dict[int, dict[str, AnyArray]] = {}
-    for key, array in arrays.items():
-        parts = re.fullmatch(r"layers\.(0|[1-9][0-9]{0,8})\.(\w+)", key)
-        if parts is None or parts[2] not in STATISTICS:
+def _stored_layers(
+    file: Any, domains: int, num_experts: int, path: PathLike
+) -> tuple[dict[int, Mapping[str, AnyArray]], dict[int, Mapping[str, AnyArray]]]:
+    """The layers of all data and of its first half, of a file whose header says what it should."""
+    names: dict[tuple[str, int], list[str]] = {}
+    for key in file.keys():  # noqa: SIM118 - not a mapping
+        parts = re.fullmatch(r"(layers|first_half)\.(0|[1-9][0-9]{0,8})\.(\w+)", key)
+        if parts is None or parts[3] not in STATISTICS:
             raise ArtifactError(f"{path} holds an unknown statistic {key!r}", "was it made by a newer version?")
-        index, name = int(parts[1]), parts[2]
-        expected = (domains, *STATISTICS[name].shape(num_experts))
-        if array.shape != expected or not np.isfinite(array).all():
-            raise ArtifactError(f"{path}: {key!r} should be finite and of shape {expected}, it is {array.shape}")
-        if (array.dtype.kind == "i") != STATISTICS[name].integer:
-            raise ArtifactError(f"{path}: {key!r} should not be of type {array.dtype}")
-        layers.setdefault(index, {})[name] = array
+        expected = (domains, *STATISTICS[parts[3]].shape(num_experts))
+        _check_stored(file.get_slice(key), key, expected, integer=STATISTICS[parts[3]].integer, path=path)
+        names.setdefault((parts[1], int(parts[2])), []).append(parts[3])
+
+    def stored(part: str) -> dict[int, Mapping[str, AnyArray]]:
+        layers = sorted(layer for kind, layer in names if kind == part)
+        return {
+            layer: _Lazy(names[part, layer], functools.partial(_read, file, path, f"{part}.{layer}"))
+            for layer in layers
+        }
+
+    layers, first_half = stored("layers"), stored("first_half")
     if not layers:
         raise ArtifactError(f"{path} holds no layers")
-    return dict(sorted(layers.items()))
+    for layer, arrays in first_half.items():
+        if set(arrays) != set(layers.get(layer, ())):
+            raise ArtifactError(f"{path}: the first half of layer {layer} does not hold the statistics of the whole")
+    return layers, first_half
+
+
+def _check_stored(stored: Any, key: str, expected: tuple[int, ...], *, integer: bool, path: PathLike) -> None:
+    shape, dtype = tuple(stored.get_shape()), stored.get_dtype()
+    if shape != expected:
+        raise ArtifactError(f"{path}: {key!r} should be of shape {expected}, it is {shape}")
+    if dtype != ("I64" if integer else "F64"):
+        raise ArtifactError(f"{path}: {key!r} should not be of type {dtype}")
+
+
+def _read(file: Any, path: PathLike, prefix: str, name: str) -> AnyArray:
+    array: AnyArray = file.get_tensor(f"{prefix}.{name}")
+    if not np.isfinite(array).all():
+        raise ArtifactError(f"{path}: {f'{prefix}.{name}'!r} holds numbers that are not finite")
+    array.flags.writeable = False  # what is written into it would be lost
+    return array

@@ -200,7 +200,7 @@ OPTIONS = [
     Case("protection elsewhere", PRUNE + " --protect 1:0", "layer 1, which has no routed experts", "0, 2"),
     Case("protection of too many", PRUNE + f" --protect {','.join(f'0:{e}' for e in range(9))}", "layer 0", "fewer"),
     Case("shard size in words", PRUNE + " --max-shard-size big", "'big' is not a size", "5GB"),
-    Case("no shard size", PRUNE + " --max-shard-size 0", "holds nothing", ""),
+    Case("no shard size", PRUNE + " --max-shard-size 0", "hold anything", "5GB"),
     Case("no samples", PRUNE + " --num-samples 0", "--num-samples and --max-length must be at least 1", ""),
     Case("negative samples", PRUNE + " --num-samples -5", "--num-samples", ""),
     Case("no length", PRUNE + " --max-length 0", "--max-length", ""),

@@ -15,10 +15,10 @@ import pytest
 import moeprune
 from moeprune import cli, oneshot, pipeline
 from moeprune._cli_run import exit_code
+from moeprune._files import parse_size
 from moeprune._options import CalibrationOptions
 from moeprune.evaluation.settings import EvalSettings
 from moeprune.planner import Decisions
-from moeprune.rewrite.shards import parse_size
 
 COMMANDS = ["prune", "collect", "stats merge", "plan", "apply", "verify", "eval", "compare", "inspect", "strategies"]
 

@@ -24,6 +24,7 @@ LAYERS = (
     {"streaming"},
     {"calibration", "collectors", "rewrite", "runtime", "evaluation", "engines"},
     {"planner", "_options"},
+    {"collecting"},
     {"pipeline"},
     {"oneshot"},
     {"_cli_options", "_cli_output"},
@@ -36,6 +37,7 @@ SIDEWAYS = {
     ("_files", "errors"),
     ("_files", "_version"),
     ("collectors", "calibration"),
+    ("evaluation", "runtime"),
     ("runtime", "collectors"),
     ("runtime", "rewrite"),
 }

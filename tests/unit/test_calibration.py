@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import json
 from collections import Counter
@@ -16,7 +17,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moeprune.calibration import CalibrationSet, check_vocabulary, load_calibration, read_rows
+from moeprune.calibration import CalibrationSet, check_vocabulary, load_calibration, open_source
 from moeprune.errors import ArtifactError, ConfigError, MoePruneError
 
 Rows = Sequence[dict[str, Any]]
@@ -63,14 +64,27 @@ def test_every_format_gives_the_same_rows(tmp_path: Path, name: str) -> None:
     assert data.sequences == ((1, 2, 3), (4,))
     assert data.domains == ("prose", "code")
     assert data.tokens == 4
-    assert data.provenance[0]["source"] == name
-    assert data.provenance[0]["sha256"] == data.fingerprint
+    assert data.provenance == (
+        {
+            "source": name,
+            "file_sha256": hashlib.sha256((tmp_path / name).read_bytes()).hexdigest(),
+            "columns": ["input_ids"],
+            "domains": ["code", "prose"],
+            "rows": 2,
+            "sequences": 2,
+            "tokens": 4,
+            "max_length": 2048,
+            "packed": False,
+            "shuffle_seed": None,
+            "sha256": data.fingerprint,
+        },
+    )
 
 
 def test_a_text_file_is_split_at_blank_lines(tmp_path: Path) -> None:
     """Paragraphs are rows; blank lines of spaces count, and a byte order mark is no text."""
     (tmp_path / "x.txt").write_bytes("\ufeffone\ntwo\r\n \t\r\nthrée\n\n\n\nfour".encode())
-    assert [row["text"] for row in read_rows(str(tmp_path / "x.txt"))] == ["one\ntwo", "thrée", "four"]
+    assert [row["text"] for row in open_source(str(tmp_path / "x.txt")).rows] == ["one\ntwo", "thrée", "four"]
 
 
 @pytest.mark.parametrize(
@@ -152,6 +166,10 @@ def test_provenance_follows_the_content(tmp_path: Path) -> None:
     assert len({data.fingerprint for data in sets}) == len({data.provenance[0]["sha256"] for data in sets}) == 5
     (tmp_path / "other").mkdir()
     assert load(jsonl(tmp_path / "other" / "0.jsonl", variants[0])) == sets[0]
+    spaced = json.dumps(variants[0][0]) + "\n\n" + json.dumps(variants[0][1])
+    (tmp_path / "other" / "0.jsonl").write_text(spaced)  # the same tokens from a file of other bytes
+    again = load(str(tmp_path / "other" / "0.jsonl")).provenance[0]
+    assert {key for key, value in sets[0].provenance[0].items() if again[key] != value} == {"file_sha256"}
 
 
 # --- refusals -------------------------------------------------------------------------------------------------------
@@ -220,6 +238,8 @@ def test_a_file_that_cannot_be_used_is_named(tmp_path: Path, name: str, content:
         ("code=none.parquet", "no calibration file 'none.parquet'"),
         ("nothing", "'nothing' is neither a file nor a data set .*org/name"),
         ("a/b/c/d", "is neither a file nor a data set"),
+        ("a/b#", "is neither a file nor a data set"),
+        ("a#b", "is neither a file nor a data set"),
         ("/data/rows", "is neither a file nor a data set"),
         ("../data", "is neither a file nor a data set"),
         ("", "cannot read calibration data from ''"),
@@ -266,29 +286,6 @@ def test_a_data_set_without_the_hub_is_one_line() -> None:
         load("prose=nobody/nothing")
 
 
-@pytest.mark.parametrize(
-    ("source", "asked"),
-    [
-        ("org/name", ("org/name", None, "train")),
-        ("org/name@test", ("org/name", None, "test")),
-        ("org/name/part@train[:5]", ("org/name", "part", "train[:5]")),
-    ],
-)
-def test_names_of_data_sets(monkeypatch: pytest.MonkeyPatch, source: str, asked: tuple[Any, ...]) -> None:
-    """Name, config and split; the rows are read like those of a file."""
-    seen = []
-
-    def load_dataset(name: str, config: str | None, *, split: str) -> Rows:
-        seen.append((name, config, split))
-        return ids(2, 1)
-
-    monkeypatch.setattr("datasets.load_dataset", load_dataset)
-    data = load(f"code={source}")
-    assert seen == [asked]
-    assert (data.sequences, data.domains) == (((0, 0), (1,)), ("code", "code"))
-    assert data.provenance[0]["source"] == source
-
-
 # --- batches --------------------------------------------------------------------------------------------------------
 
 
@@ -297,19 +294,23 @@ def test_names_of_data_sets(monkeypatch: pytest.MonkeyPatch, source: str, asked:
     st.lists(st.tuples(st.sampled_from("abc"), st.integers(1, 30)), min_size=1, max_size=40),
     st.integers(1, 120),
 )
-def test_every_row_is_in_one_batch_of_its_domain(rows: list[tuple[str, int]], budget: int) -> None:
+def test_every_row_is_in_one_batch_of_its_domain_and_half(rows: list[tuple[str, int]], budget: int) -> None:
     """Padded, no batch of several rows exceeds the budget, and none could have taken the next row."""
     sequences = tuple((number, *[0] * (length - 1)) for number, (_, length) in enumerate(rows))
     data = CalibrationSet(sequences=sequences, domains=tuple(label for label, _ in rows), provenance=())
+    seen: Counter[str] = Counter()
+    expected = []
+    for domain, ids in zip(data.domains, sequences, strict=True):
+        expected.append((domain, seen[domain] % 2, ids))  # the rows of a domain take turns
+        seen[domain] += 1
     batches = data.batches(budget)
-    assert Counter((batch.domain, ids) for batch in batches for ids in batch.sequences) == Counter(
-        zip(data.domains, sequences, strict=True)
-    )
+    assert sorted((batch.domain, batch.half, ids) for batch in batches for ids in batch.sequences) == sorted(expected)
+    assert [(batch.domain, batch.half) for batch in batches] == sorted((batch.domain, batch.half) for batch in batches)
     for batch in batches:
         longest = max(map(len, batch.sequences))
         assert len(batch.sequences) == 1 or longest * len(batch.sequences) <= budget
     for batch, following in itertools.pairwise(batches):
-        if batch.domain == following.domain:
+        if (batch.domain, batch.half) == (following.domain, following.half):
             assert len(batch.sequences[0]) * (len(batch.sequences) + 1) > budget
             assert min(map(len, batch.sequences)) >= max(map(len, following.sequences))
     assert batches == data.batches(budget)
@@ -317,14 +318,21 @@ def test_every_row_is_in_one_batch_of_its_domain(rows: list[tuple[str, int]], bu
 
 def test_batches_are_filled_to_the_budget() -> None:
     """Exactly the budget still fits, a longer row goes alone, and padding to the longest row counts."""
-    lengths = {"a": [5, 30, 5, 5, 5, 4], "b": [10, 1]}
+    lengths = {"a": [5, 30, 5, 5, 4, 5, 5], "b": [10, 1]}
     data = CalibrationSet(
         sequences=tuple((0,) * length for rows in lengths.values() for length in rows),
         domains=tuple(domain for domain, rows in lengths.items() for _ in rows),
         provenance=(),
     )
-    sizes = [(batch.domain, [len(row) for row in batch.sequences]) for batch in data.batches(10)]
-    assert sizes == [("a", [30]), ("a", [5, 5]), ("a", [5, 5]), ("a", [4]), ("b", [10]), ("b", [1])]
+    sizes = [(batch.domain, batch.half, [len(row) for row in batch.sequences]) for batch in data.batches(10)]
+    assert sizes == [
+        ("a", 0, [5, 5]),
+        ("a", 0, [5, 4]),
+        ("a", 1, [30]),
+        ("a", 1, [5, 5]),
+        ("b", 0, [10]),
+        ("b", 1, [1]),
+    ]
 
 
 # --- text: the only tests here that load a tokenizer ----------------------------------------------------------------
@@ -357,9 +365,13 @@ def tokenizer_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path
 def test_text_gets_the_tokenizers_own_special_tokens(tmp_path: Path, tokenizer_of: Callable[..., Path]) -> None:
     """Longer text than the tokenizer's own limit is cut by --max-length only, and blank text is no row."""
     source = jsonl(tmp_path / "x.jsonl", [{"text": "one two three four one"}, {"text": "  "}, {"text": "nine"}])
-    data = load(source, tokenizer=tokenizer_of(None), max_length=5)
+    folder = tokenizer_of(None)
+    data = load(source, tokenizer=folder, max_length=5)
     assert data.sequences == ((1, 3, 4, 5, 6), (1, 0))
-    assert data.provenance[0]["rows"] == 3
+    [entry] = data.provenance
+    assert (entry["rows"], entry["sequences"], entry["columns"], entry["max_length"]) == (3, 2, ["text"], 5)
+    assert entry["tokenizer_sha256"] == hashlib.sha256((folder / "tokenizer.json").read_bytes()).hexdigest()
+    assert "chat_template_sha256" not in entry
     (tmp_path / "x.txt").write_text("one\n\ntwo two")
     assert load(str(tmp_path / "x.txt"), tokenizer=tokenizer_of(None)).sequences == ((1, 3), (1, 4, 4))
 
@@ -370,12 +382,43 @@ def test_messages_go_through_the_chat_template(tmp_path: Path, tokenizer_of: Cal
     rows = [{"messages": messages}, {"messages": json.dumps(messages[:1]), "text": "four"}]
     data = load(jsonl(tmp_path / "x.jsonl", rows), tokenizer=tokenizer_of(TEMPLATE))
     assert data.sequences == ((1, 3, 2, 1, 4, 2), (1, 3, 2))
+    [entry] = data.provenance
+    assert entry["columns"] == ["messages"]
+    assert entry["chat_template_sha256"] == hashlib.sha256(TEMPLATE.encode()).hexdigest()
+    assert "tokenizer_sha256" in entry
 
 
 def test_packed_text_is_separated(tmp_path: Path, tokenizer_of: Callable[..., Path]) -> None:
     """The end-of-sequence token stands between rows, and blank rows leave no trace of themselves."""
     source = jsonl(tmp_path / "x.jsonl", [{"text": "one"}, {"text": ""}, {"text": "two three"}])
     assert load(source, tokenizer=tokenizer_of(None), pack=True, max_length=7).sequences == ((1, 3, 2, 1, 4, 5, 2),)
+
+
+def test_packed_token_ids_have_no_separator(tmp_path: Path, tokenizer_of: Callable[..., Path]) -> None:
+    """Given ids are used as they are, also after a source that needed the tokenizer; a source of both is text."""
+    text = jsonl(tmp_path / "text.jsonl", [{"text": "one"}])
+    given = jsonl(tmp_path / "given.jsonl", [{"input_ids": [5, 5]}, {"input_ids": [6]}, {"text": " "}])
+    mixed = jsonl(tmp_path / "mixed.jsonl", [{"input_ids": [5]}, {"text": "one"}])
+    data = load(text, given, mixed, tokenizer=tokenizer_of(None), pack=True, max_length=9)
+    assert data.sequences == ((1, 3, 2), (5, 5, 6), (5, 2, 1, 3, 2))
+    columns = [entry["columns"] for entry in data.provenance]
+    assert columns == [["text"], ["input_ids"], ["input_ids", "text"]]
+    assert ["tokenizer_sha256" in entry for entry in data.provenance] == [True, False, True]
+
+
+def test_a_tokenizer_without_its_file_is_known_by_its_words(tmp_path: Path, tokenizer_of: Callable[..., Path]) -> None:
+    """Older layouts have a vocabulary and merges in files of their own: other words give another fingerprint."""
+    prints = set()
+    for words in (["a", "b"], ["a", "c"]):
+        folder = tmp_path / "".join(words)
+        folder.mkdir()
+        letters = {letter: number for number, letter in enumerate([*words, "Ġ", "<|endoftext|>"])}
+        (folder / "vocab.json").write_text(json.dumps(letters))
+        (folder / "merges.txt").write_text("#version: 0.2\n")
+        (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "GPT2Tokenizer"}')
+        [entry] = load(jsonl(tmp_path / "x.jsonl", [{"text": "a a"}]), tokenizer=folder).provenance
+        prints.add(entry["tokenizer_sha256"])
+    assert len(prints) == 2
 
 
 @pytest.mark.parametrize(

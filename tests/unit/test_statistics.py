@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import pickle
 import tempfile
@@ -17,8 +18,17 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from safetensors.numpy import load, save_file
 
-from moeprune.errors import ArtifactError, ConfigError, StaleArtifactError, StrategyError
-from moeprune.statistics import STATISTICS, LayerStatistics, RouterStatistics, domain_weights, merge_statistics
+import moeprune.statistics
+from moeprune.errors import ArtifactError, ConfigError, MoePruneError, StaleArtifactError, StrategyError
+from moeprune.statistics import (
+    STATISTICS,
+    LayerArrays,
+    LayerStatistics,
+    RouterStatistics,
+    added,
+    domain_weights,
+    merge_statistics,
+)
 
 EXPERTS, LAYERS = 3, (1, 4)
 
@@ -26,18 +36,23 @@ EXPERTS, LAYERS = 3, (1, 4)
 def statistics(
     *domains: str, seed: int = 0, calibration: str = "", layers: tuple[int, ...] = LAYERS, **changes: Any
 ) -> RouterStatistics:
-    """Statistics of random whole numbers, so that sums are exact."""
+    """Statistics of random whole numbers in two halves, so that sums are exact."""
     rng = np.random.default_rng(seed)
 
     def draw(name: str) -> NDArray[Any]:
         shape = (len(domains), *STATISTICS[name].shape(EXPERTS))
         return rng.integers(1, 1000, shape).astype(np.int64 if STATISTICS[name].integer else np.float64)
 
+    first, second = ({layer: {name: draw(name) for name in STATISTICS} for layer in layers} for _ in range(2))
     values: dict[str, Any] = {
         "domains": domains,
         "num_experts": EXPERTS,
         "top_k": 2,
-        "layers": {layer: {name: draw(name) for name in STATISTICS} for layer in layers},
+        "layers": {
+            layer: {name: added(name, first[layer][name], second[layer][name]) for name in STATISTICS}
+            for layer in layers
+        },
+        "first_half": first,
         "command": {"stage": "collect", "num_samples": seed},
         "inputs": {"model": "m", "calibration": calibration or f"c{seed}"},
         "provenance": ({"source": f"s{seed}", "rows": 3},),
@@ -53,12 +68,14 @@ def test_a_file_reads_back_as_it_was_written(tmp_path: Path) -> None:
     made = statistics("prose", "code")
     loaded = RouterStatistics.load(made.save(tmp_path / "s.safetensors"))
     for field in dataclasses.fields(made):
-        if field.name != "layers":
+        if field.name not in {"layers", "first_half"}:
             assert getattr(loaded, field.name) == getattr(made, field.name), field.name
-    for layer, values in made.layers.items():
-        assert loaded.layers[layer].keys() == values.keys()
-        for name, array in values.items():
-            np.testing.assert_array_equal(loaded.layers[layer][name], array, strict=True)
+    for read, written in ((loaded.layers, made.layers), (loaded.first_half, made.first_half)):
+        assert read.keys() == written.keys()
+        for layer, values in written.items():
+            assert read[layer].keys() == values.keys()
+            for name, array in values.items():
+                np.testing.assert_array_equal(read[layer][name], array, strict=True)
     assert loaded.to_bytes() == made.to_bytes() == (tmp_path / "s.safetensors").read_bytes()
     assert loaded.tokens == int(made.layers[1]["tokens"].sum())
 
@@ -75,8 +92,14 @@ def test_equal_statistics_give_equal_bytes() -> None:
 
 def test_the_file_is_plain_safetensors() -> None:
     """Other tools find int64 counts and float64 sums with one row per domain."""
-    arrays = load(statistics("prose", "code").to_bytes())
-    assert set(arrays) == {f"layers.{layer}.{name}" for layer in LAYERS for name in STATISTICS}
+    data = statistics("prose", "code").to_bytes()
+    arrays = load(data)
+    expected = [
+        f"{part}.{layer}.{name}" for part in ("layers", "first_half") for layer in LAYERS for name in STATISTICS
+    ]
+    assert set(arrays) == set(expected)
+    header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+    assert sorted(arrays, key=lambda name: header[name]["data_offsets"]) == expected  # the halves come last
     assert (arrays["layers.1.count"].dtype, arrays["layers.1.count"].shape) == (np.int64, (2, EXPERTS))
     assert (arrays["layers.4.gram"].dtype, arrays["layers.4.gram"].shape) == (np.float64, (2, EXPERTS, EXPERTS))
     assert arrays["layers.4.tokens"].shape == (2,)
@@ -103,38 +126,77 @@ def spoiled(path: Path, *, arrays: Mapping[str, Any] | None = None, header: Mapp
     return path
 
 
-def nan(shape: tuple[int, ...]) -> NDArray[np.float64]:
-    """An array whose last element is not a number."""
-    array = np.zeros(shape)
-    array.flat[-1] = np.nan
-    return array
-
-
 @pytest.mark.parametrize(
     ("arrays", "why"),
     [
         (
             {"layers.1.count": np.zeros((2, 4), dtype=np.int64)},
-            r"'layers\.1\.count' should be .* \(2, 3\), it is \(2, 4\)",
+            r"'layers\.1\.count' should be of shape \(2, 3\), it is \(2, 4\)",
         ),
-        ({"layers.1.count": np.zeros((1, 3), dtype=np.int64)}, r"should be .* of shape \(2, 3\)"),
-        ({"layers.1.gram": np.zeros((2, 3))}, r"should be .* of shape \(2, 3, 3\)"),
-        ({"layers.4.norm_sum": nan((2, 3))}, r"'layers\.4\.norm_sum' should be finite"),
-        ({"layers.4.norm_sum": np.full((2, 3), np.inf)}, "should be finite"),
-        ({"layers.1.count": np.zeros((2, 3))}, r"'layers\.1\.count' should not be of type float64"),
-        ({"layers.1.norm_sum": np.zeros((2, 3), dtype=np.int64)}, "should not be of type int64"),
-        ({"layers.1.norm_sum": np.zeros((2, 3), dtype=np.float32)}, "is neither int64 nor float64"),
+        ({"layers.1.count": np.zeros((1, 3), dtype=np.int64)}, r"should be of shape \(2, 3\)"),
+        ({"first_half.1.gram": np.zeros((2, 3))}, r"'first_half.1.gram' should be of shape \(2, 3, 3\)"),
+        ({"layers.1.count": np.zeros((2, 3))}, r"'layers\.1\.count' should not be of type F64"),
+        ({"layers.1.norm_sum": np.zeros((2, 3), dtype=np.int64)}, "should not be of type I64"),
+        ({"layers.1.norm_sum": np.zeros((2, 3), dtype=np.float32)}, "should not be of type F32"),
         ({"layers.1.magic": np.zeros((2, 3))}, r"holds an unknown statistic 'layers\.1\.magic'"),
         ({"layers.01.count": np.zeros((2, 3), dtype=np.int64)}, "holds an unknown statistic"),
         ({"blocks.1.count": np.zeros((2, 3), dtype=np.int64)}, "holds an unknown statistic"),
         ({"count": np.zeros((2, 3), dtype=np.int64)}, "holds an unknown statistic"),
         ({f"layers.{layer}.{name}": None for layer in LAYERS for name in STATISTICS}, "holds no layers"),
+        ({"first_half.4.gram": None}, "the first half of layer 4 does not hold the statistics of the whole"),
+        ({f"layers.4.{name}": None for name in STATISTICS}, "the first half of layer 4 does not hold"),
     ],
 )
 def test_arrays_that_are_not_what_they_should_be(tmp_path: Path, arrays: dict[str, Any], why: str) -> None:
-    """Wrong shapes, types, names and numbers that are not finite are refused by name."""
+    """Wrong shapes, types and names are refused by name when the file is opened."""
     with pytest.raises(ArtifactError, match=f"bad.safetensors.*{why}"):
         RouterStatistics.load(spoiled(tmp_path / "bad.safetensors", arrays=arrays))
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+@pytest.mark.parametrize("part", ["layers", "first_half"])
+def test_numbers_that_are_not_finite_are_refused_when_they_are_read(tmp_path: Path, part: str, value: float) -> None:
+    """Opening a file reads no array; whatever needs the array stops with its name, and a copy is not left behind."""
+    array = np.zeros((2, EXPERTS))
+    array[-1, -1] = value
+    path = spoiled(tmp_path / "bad.safetensors", arrays={f"{part}.4.norm_sum": array})
+    opened = RouterStatistics.load(path)
+    assert opened.layer(4).gram.shape == (EXPERTS, EXPERTS)
+    why = rf"bad.safetensors: '{part}\.4\.norm_sum' holds numbers that are not finite"
+    for read in (lambda: getattr(opened, part)[4]["norm_sum"], lambda: opened.save(tmp_path / "copy")):
+        with pytest.raises(ArtifactError, match=why):
+            read()
+    assert [file.name for file in tmp_path.iterdir()] == ["bad.safetensors"]
+
+
+def test_files_without_halves_are_read(tmp_path: Path) -> None:
+    """Halves are an addition: a file that holds none is as good as before."""
+    made = dataclasses.replace(statistics("prose"), first_half={})
+    loaded = RouterStatistics.load(made.save(tmp_path / "s"))
+    assert loaded.first_half == {}
+    assert_equal(loaded, made)
+
+
+def test_only_what_is_asked_for_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A strategy over one statistic of one layer reads that array, however large the file is."""
+    reads: list[str] = []
+    read = moeprune.statistics._read
+    path = statistics("prose", "code").save(tmp_path / "s")
+    monkeypatch.setattr(
+        moeprune.statistics,
+        "_read",
+        lambda file, path, prefix, name: (reads.append(name), read(file, path, prefix, name))[1],
+    )
+    layer = RouterStatistics.load(path).layer(4, {"code": 2.0})
+    layer.gated_norm_sum  # noqa: B018
+    assert reads == ["tokens", "gated_norm_sum"]
+
+
+def test_what_was_read_cannot_be_written(tmp_path: Path) -> None:
+    """Changing an array of a file would change nothing, so it is refused."""
+    loaded = RouterStatistics.load(statistics("prose").save(tmp_path / "s"))
+    with pytest.raises(ValueError, match="read-only"):
+        loaded.layers[1]["count"][0, 0] = 7  # type: ignore[index]
 
 
 @pytest.mark.parametrize(
@@ -146,7 +208,7 @@ def test_arrays_that_are_not_what_they_should_be(tmp_path: Path, arrays: dict[st
         ({"domains": '"pc"'}, "has a damaged 'domains'"),
         ({"domains": "[1, 2]"}, "the domains or inputs in its header are no distinct labels"),
         ({"domains": '["a", "a"]'}, "the domains or inputs in its header are no distinct labels"),
-        ({"domains": '["a"]'}, r"of shape \(1, 3\), it is \(2, 3\)"),
+        ({"domains": '["a"]'}, r"of shape \(1,.*\), it is \(2,"),
         ({"num_experts": "true"}, "has a damaged 'num_experts'"),
         ({"num_experts": "many"}, "is not valid JSON"),
         ({"top_k": "2.5"}, "has a damaged 'top_k'"),
@@ -192,9 +254,10 @@ def test_a_damaged_file_is_refused_or_read(place: int, junk: bytes, cut: bool) -
         path.write_bytes(data)
         try:
             loaded = RouterStatistics.load(path)
+            read = [array for arrays in loaded.layers.values() for array in arrays.values()]
         except ArtifactError:
             return
-        assert loaded.layers
+        assert read
 
 
 # --- domains --------------------------------------------------------------------------------------------------------
@@ -281,11 +344,13 @@ def test_draws_depend_on_seed_and_layer_only() -> None:
 
 
 def assert_equal(first: RouterStatistics, second: RouterStatistics) -> None:
-    """Same domains in the same order, same values."""
+    """Same domains in the same order, same values of all data and of the first half."""
     assert first.domains == second.domains
-    for layer, values in first.layers.items():
-        for name, array in values.items():
-            np.testing.assert_array_equal(array, second.layers[layer][name], strict=True)
+    for one, other in ((first.layers, second.layers), (first.first_half, second.first_half)):
+        assert one.keys() == other.keys()
+        for layer, values in one.items():
+            for name, array in values.items():
+                np.testing.assert_array_equal(array, other[layer][name], strict=True)
 
 
 def test_merging_adds_sums_and_takes_the_larger_maximum() -> None:
@@ -293,9 +358,9 @@ def test_merging_adds_sums_and_takes_the_larger_maximum() -> None:
     first, second = statistics("prose", "code", seed=1), statistics("maths", "prose", seed=2)
     merged = first.merge(second)
     assert merged.domains == ("prose", "code", "maths")
-    for layer in LAYERS:
-        for name, array in merged.layers[layer].items():
-            mine, theirs = first.layers[layer][name], second.layers[layer][name]
+    for part, layer in itertools.product(("layers", "first_half"), LAYERS):
+        for name, array in getattr(merged, part)[layer].items():
+            mine, theirs = (getattr(source, part)[layer][name] for source in (first, second))
             both = np.maximum(mine[0], theirs[1]) if name == "max_abs_down" else mine[0] + theirs[1]
             np.testing.assert_array_equal(array, np.stack([both, mine[1], theirs[0]]), strict=True)
     assert merged.tokens == first.tokens + second.tokens
@@ -343,9 +408,11 @@ def test_order_of_merging_only_orders_the_domains() -> None:
     [
         ({"inputs": {"model": "other"}}, StaleArtifactError, "were made for different models"),
         ({"inputs": {}}, StaleArtifactError, "were made for different models"),
-        ({"layers": (1,)}, ArtifactError, "do not hold the same layers and statistics"),
-        ({"num_experts": 4}, ArtifactError, "do not hold the same layers"),
-        ({"top_k": 1}, ArtifactError, "do not hold the same layers"),
+        ({"layers": (1,)}, ArtifactError, "share layers such as 1 and not others such as 4"),
+        ({"layers": (4, 5), "calibration": "c0"}, ArtifactError, "share layers such as 4 and not others such as 1"),
+        ({"layers": (2, 3), "seed": 5}, ArtifactError, "of different layers and of different calibration data"),
+        ({"num_experts": 4}, ArtifactError, "different numbers of experts"),
+        ({"top_k": 1}, ArtifactError, "different numbers of experts"),
     ],
 )
 def test_what_cannot_be_merged(changes: dict[str, Any], kind: type[ArtifactError], why: str) -> None:
@@ -358,3 +425,139 @@ def test_statistics_of_unbound_models_merge_when_they_fit() -> None:
     """What ``observe`` measured on a model that no folder holds has no fingerprint."""
     first, second = (statistics("a", seed=seed, inputs={}) for seed in (1, 2))
     assert first.merge(second).inputs == {"calibration": ""}
+
+
+def test_merging_many_files_does_not_nest(tmp_path: Path) -> None:
+    """A thousand files of one process each are added up, as small numbers show exactly."""
+    path = statistics("a", seed=1).save(tmp_path / "s")
+    merged = merge_statistics([RouterStatistics.load(path)] * 1000)
+    np.testing.assert_array_equal(merged.layers[4]["gram"], 1000 * statistics("a", seed=1).layers[4]["gram"])
+
+
+def test_other_statistics_are_not_added() -> None:
+    """Files of the same layers that measured other things are refused."""
+    made = statistics("a")
+    partial = {layer: {"tokens": values["tokens"]} for layer, values in made.layers.items()}
+    with pytest.raises(ArtifactError, match="do not hold the same statistics"):
+        made.merge(dataclasses.replace(made, layers=partial, first_half={}))
+
+
+# --- halves -----------------------------------------------------------------------------------------------------------
+
+
+def test_halves_add_up_to_the_whole() -> None:
+    """Each half on its own; the largest value belongs to both."""
+    made = statistics("prose", "code")
+    first, second = made.halves()
+    for layer in LAYERS:
+        for name, array in made.layers[layer].items():
+            mine, theirs = first.layers[layer][name], second.layers[layer][name]
+            if name == "max_abs_down":
+                np.testing.assert_array_equal(mine, array)
+                np.testing.assert_array_equal(theirs, array)
+            else:
+                np.testing.assert_array_equal(mine, made.first_half[layer][name])
+                np.testing.assert_array_equal(mine + theirs, array, strict=True)
+    assert dataclasses.replace(made, first_half={}).halves()[0].layers == {}
+
+
+def test_halves_are_lost_where_one_part_has_none() -> None:
+    """A half of only some of the data would be no half; a part without tokens does not matter."""
+    made, without = statistics("a", seed=1), dataclasses.replace(statistics("a", seed=2), first_half={})
+    nothing = RouterStatistics.empty(LAYERS, num_experts=EXPERTS, top_k=2, model="m")
+    assert made.merge(without).first_half == without.merge(made).first_half == {}
+    assert made.merge(nothing).first_half.keys() == made.first_half.keys()
+    assert nothing.merge(nothing).first_half == {}
+
+
+# --- layers -----------------------------------------------------------------------------------------------------------
+
+
+def slice_of(made: RouterStatistics, *layers: int) -> RouterStatistics:
+    """What a collection of only some layers would have given."""
+    return dataclasses.replace(
+        made,
+        layers={layer: made.layers[layer] for layer in layers},
+        first_half={layer: made.first_half[layer] for layer in layers},
+        command=dict(made.command) | {"layers": list(layers)},
+    )
+
+
+def whole(*domains: str, seed: int = 0) -> RouterStatistics:
+    """Statistics of three layers that all saw the same tokens."""
+    made = statistics(*domains, seed=seed, layers=(0, 1, 2))
+    for part in (made.layers, made.first_half):
+        tokens = part[0]["tokens"]
+        for values in part.values():
+            values["tokens"] = tokens  # type: ignore[index]
+    return made
+
+
+def test_layers_put_together_are_statistics() -> None:
+    """Sums by layer, in whatever order, give the statistics of all layers in ascending order."""
+    made = whole("a", "b")
+    layers = {
+        layer: LayerArrays(total=dict(made.layers[layer]), first_half=dict(made.first_half[layer]))
+        for layer in (2, 0, 1)
+    }
+    built = RouterStatistics.of_layers(
+        layers, domains=["a", "b"], num_experts=EXPERTS, top_k=2, command=made.command, inputs=made.inputs
+    )
+    assert list(built.layers) == [0, 1, 2]
+    assert_equal(built, made)
+
+
+@pytest.mark.parametrize("half", ["total", "first_half"])
+def test_layers_that_saw_other_tokens_are_refused(half: str) -> None:
+    """A forward pass that ended between two layers shows in the domain it was of, also where halves were mixed up."""
+    made = whole("a", "b")
+    layers = {
+        layer: LayerArrays(total=dict(made.layers[layer]), first_half=dict(made.first_half[layer])) for layer in (0, 1)
+    }
+    getattr(layers[1], half)["tokens"] = getattr(layers[1], half)["tokens"] + np.array([0, 1])
+    with pytest.raises(MoePruneError, match="did not see the same tokens in domain 'b'"):
+        RouterStatistics.of_layers(
+            layers, domains=["a", "b"], num_experts=EXPERTS, top_k=2, command={}, inputs=made.inputs
+        )
+
+
+def test_slices_of_layers_become_the_whole(tmp_path: Path) -> None:
+    """Files of some layers each of one collection are put side by side, and its sources are named once."""
+    made = whole("a", "b")
+    parts = [slice_of(made, 2), slice_of(made, 0), slice_of(made, 1)]
+    merged = merge_statistics(RouterStatistics.load(part.save(tmp_path / str(n))) for n, part in enumerate(parts))
+    assert list(merged.layers) == [0, 1, 2]
+    assert_equal(merged, made)
+    assert merged.provenance == made.provenance
+    assert merged.inputs == made.inputs
+    assert [command["layers"] for command in merged.command["of"]] == [[2], [0], [1]]
+
+
+@pytest.mark.parametrize("order", itertools.permutations(range(4)))
+def test_slices_are_put_together_before_collections_are_added_up(order: tuple[int, ...]) -> None:
+    """Whatever the order of the files, two collections in two slices each give their sum."""
+    first, second = whole("a", seed=1), whole("a", "b", seed=2)
+    parts = [slice_of(first, 0, 2), slice_of(first, 1), slice_of(second, 0), slice_of(second, 1, 2)]
+    merged = merge_statistics(parts[place] for place in order)
+    expected = first.merge(second)
+    assert merged.tokens == expected.tokens
+    for layer in (0, 1, 2):
+        for name, array in expected.layers[layer].items():
+            np.testing.assert_array_equal(merged.layers[layer][name].sum(axis=0), array.sum(axis=0))
+
+
+def test_slices_of_other_tokens_are_not_one_collection() -> None:
+    """The fingerprint is the same and the tokens are not: one of the runs was not whole."""
+    made = whole("a", "b")
+    other = slice_of(made, 1)
+    other = dataclasses.replace(other, layers={1: dict(other.layers[1]) | {"tokens": np.array([1, 1])}})
+    for wrong in (other, dataclasses.replace(slice_of(made, 1), domains=("b", "a"))):
+        with pytest.raises(ArtifactError, match="the slices of layers did not see the same tokens"):
+            slice_of(made, 0).merge(wrong)
+
+
+def test_slices_of_unknown_data_are_not_put_together() -> None:
+    """Without a fingerprint of the calibration data nobody knows whether it was the same."""
+    made = dataclasses.replace(whole("a"), inputs={"model": "m"})
+    with pytest.raises(ArtifactError, match="of different layers and of different calibration data"):
+        slice_of(made, 0).merge(slice_of(made, 1))

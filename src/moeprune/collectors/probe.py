@@ -6,7 +6,7 @@
 3. A hook on the model below the head sees the attention mask, so that padding is left out.
 
 Routing is never derived again from logits. The observed layer computes its output from the same per-slot outputs that
-are recorded, and on the first batch that output is compared with the model's own.
+are recorded, and on the first tokens that output is compared with the model's own.
 """
 
 from __future__ import annotations
@@ -14,17 +14,19 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+import itertools
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from moeprune._files import PathLike
+from moeprune.checkpoint import Checkpoint, open_checkpoint
 from moeprune.collectors.sums import LayerSums
-from moeprune.errors import ConfigError, MoePruneError, UnsupportedModelError
-from moeprune.experts import ExpertLayer, expert_layers, is_wrapped, wrapped_experts
-from moeprune.statistics import STATISTICS, AnyArray, RouterStatistics
+from moeprune.errors import ConfigError, MoePruneError, UnsupportedModelError, nearest
+from moeprune.experts import ExpertLayer, expert_layers, is_wrapped, slot_rows, wrapped_experts
+from moeprune.statistics import STATISTICS, AnyArray, LayerArrays, RouterStatistics, added
 
 if TYPE_CHECKING:
     import torch
@@ -36,15 +38,33 @@ _TOLERANCE = {4: 1e-5, 2: 2e-2}  # relative error of the rebuilt layer output, b
 
 
 class Observation:
-    """Statistics of a model that is being observed; give the current domain with :meth:`domain`."""
+    """Statistics of a model that is being observed; give the current domain with :meth:`domain`.
 
-    def __init__(self, model: PreTrainedModel, *, domain: str, fingerprint: str) -> None:
-        self.layers = {layer.experts: layer for layer in expert_layers(model)}  # by the module that is observed
+    The tokens of every domain fall into two halves, which :meth:`batch` names; outside of it forward passes belong to
+    them in turn.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        *,
+        domain: str,
+        fingerprint: str,
+        domains: Sequence[str] = (),
+        layers: Collection[int] | None = None,
+    ) -> None:
+        self.layers = {layer.experts: layer for layer in _chosen(expert_layers(model), layers)}  # by what is observed
         self._domain = domain
+        self._announced = tuple(domains)
+        self._domains = dict.fromkeys(domains)  # in the order of the result
+        self._given_half: int | None = None
+        self._passes: dict[str, int] = {}  # forward passes by domain, to tell whose turn it is
         self._fingerprint = fingerprint
         self._mask: torch.Tensor | None = None
-        self._sums: dict[tuple[str, int], LayerSums] = {}
+        self._sums: dict[tuple[str, int, int], LayerSums] = {}  # by domain, half and layer
         self._unchecked = set(self.layers)
+        self.paused = False  # then the model runs as if nobody looked
+        self.slot_rows = 0  # (token, slot) rows that run at a time; 0 leaves it to the size of the layer
 
     @contextlib.contextmanager
     def domain(self, name: str) -> Iterator[None]:
@@ -55,12 +75,27 @@ class Observation:
         finally:
             self._domain = before
 
+    @contextlib.contextmanager
+    def batch(self, domain: str, half: int) -> Iterator[None]:
+        """Label what runs inside the block with its domain and its half of the data, 0 or 1."""
+        if half not in {0, 1}:
+            raise ConfigError(f"there is no half {half!r} of the calibration data", "the halves are 0 and 1")
+        before, self._given_half = self._given_half, half
+        try:
+            with self.domain(domain):
+                yield
+        finally:
+            self._given_half = before
+
     # --- the three points -------------------------------------------------------------------------------------------
 
     def read_mask(self, signature: inspect.Signature, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         """Before the model below the head runs: keep the batch's own padding mask, flattened."""
+        if self.paused:
+            return
         given = signature.bind_partial(*args, **kwargs).arguments
         given = {**given.get("kwargs", {}), **given}
+        self._count_pass(given.get("past_key_values"))
         mask, tokens = given.get("attention_mask"), given.get("input_ids")
         tokens = given.get("inputs_embeds") if tokens is None else tokens
         if mask is None or tokens is None:
@@ -73,7 +108,7 @@ class Observation:
 
     def read_logits(self, layer: ExpertLayer, output: Any) -> None:
         """After a router ran: add its logits."""
-        if _recomputing():
+        if self.paused or _recomputing():
             return
         outputs = output if isinstance(output, tuple) else (output,)
         fitting = (item for item in outputs if item.is_floating_point() and item.shape[-1] == layer.num_experts)
@@ -93,8 +128,38 @@ class Observation:
     ) -> torch.Tensor:
         """In place of the experts: the same output, from per-slot outputs that are added up.
 
-        Every (token, slot) pair goes through the model's own implementation as a token with one expert of weight 1.
+        Every (token, slot) pair goes through the model's own implementation as a token with one expert of weight 1. A
+        slice of the tokens runs at a time, so that however large the batch is, its pairs are never in memory together.
         """
+        import torch
+
+        if self.paused:
+            return original(experts, hidden_TH, index_TK, gates_TK)
+        tokens, top_k = index_TK.shape
+        num_experts = self.layers[experts].num_experts
+        rows = self.slot_rows or slot_rows(hidden_TH.shape[-1], num_experts, hidden_TH.device.type)
+        step = max(1, rows // top_k)
+        valid_T = None if _recomputing() else self._valid_rows(tokens, hidden_TH.device)
+        given = [torch.split(rows, step) for rows in (hidden_TH, index_TK, gates_TK)]
+        valid = torch.split(valid_T, step) if valid_T is not None else itertools.repeat(None)
+        slices = zip(*given, valid, strict=False)
+        outputs = (self._run_slice(original, experts, *one) for one in slices)
+        if torch.is_grad_enabled():
+            return torch.cat(list(outputs))
+        output_TH = torch.empty_like(hidden_TH)
+        for place, output in zip(torch.split(output_TH, step), outputs, strict=True):
+            place.copy_(output)
+        return output_TH
+
+    def _run_slice(
+        self,
+        original: Callable[..., torch.Tensor],
+        experts: nn.Module,
+        hidden_TH: torch.Tensor,
+        index_TK: torch.Tensor,
+        gates_TK: torch.Tensor,
+        valid_T: torch.Tensor | None,
+    ) -> torch.Tensor:
         import torch
 
         tokens, top_k = index_TK.shape
@@ -103,11 +168,9 @@ class Observation:
         slots_TKH = original(experts, rows, index_TK.reshape(-1, 1), ones).view(tokens, top_k, -1)
         output = _weighted_sum(gates_TK, slots_TKH).to(hidden_TH.dtype)
         if not _recomputing():
-            layer = self.layers[experts]
             with torch.no_grad():
                 self._check_once(original, experts, (hidden_TH, index_TK, gates_TK), output)
-                valid_T = self._valid_rows(tokens, hidden_TH.device)
-                sums = self._sums_of(layer, hidden_TH.device)
+                sums = self._sums_of(self.layers[experts], hidden_TH.device)
                 sums.add_slots(slots_TKH.detach(), index_TK, gates_TK.detach(), valid_T)
         return output
 
@@ -121,16 +184,30 @@ class Observation:
             raise ConfigError(f"the attention mask covers {self._mask.shape[0]} tokens, the layer sees {count}")
         return self._mask.to(device)
 
+    def _count_pass(self, cache: Any) -> None:
+        """Note that a forward pass of the current domain begins; one that goes on with a cache is no new one."""
+        begun = getattr(cache, "get_seq_length", int)() > 0
+        self._passes[self._domain] = self._passes.get(self._domain, 0) + (not begun)
+
+    @property
+    def _half(self) -> int:
+        if self._given_half is not None:
+            return self._given_half
+        return max(0, self._passes.get(self._domain, 0) - 1) % 2  # the first pass belongs to the first half
+
     def _sums_of(self, layer: ExpertLayer, device: torch.device) -> LayerSums:
-        key = (self._domain, layer.index)
+        key = (self._domain, self._half, layer.index)
         if key not in self._sums:
+            if self._announced and self._domain not in self._announced:
+                raise ConfigError(f"domain {self._domain!r} was not announced", nearest(self._domain, self._announced))
+            self._domains[self._domain] = None
             self._sums[key] = LayerSums(layer.num_experts, device)
         return self._sums[key]
 
     def _check_once(
         self, original: Callable[..., torch.Tensor], experts: nn.Module, given: tuple[Any, ...], rebuilt: torch.Tensor
     ) -> None:
-        """Compare a layer's rebuilt output with the model's own, on the first batch."""
+        """Compare a layer's rebuilt output with the model's own, on the first tokens."""
         if experts not in self._unchecked:
             return
         self._unchecked.remove(experts)
@@ -152,38 +229,71 @@ class Observation:
             ConfigError: no token was seen.
             MoePruneError: a forward pass ended before the last layer.
         """
-        domains = tuple(dict.fromkeys(domain for domain, _ in self._sums))
-        if not any(sums.tokens for sums in self._sums.values()):
+        return self.statistics(self.arrays(), command=command, inputs=inputs, **more)
+
+    def arrays(self) -> dict[int, LayerArrays]:
+        """The sums of every observed decoder layer up until now."""
+        return {layer.index: self._arrays_of(layer) for layer in self.layers.values()}
+
+    def statistics(
+        self,
+        layers: Mapping[int, LayerArrays],
+        *,
+        command: Mapping[str, Any] | None = None,
+        inputs: Mapping[str, str] | None = None,
+        **more: Any,
+    ) -> RouterStatistics:
+        """Statistics of this model from sums by decoder layer, its own or those of several processes together."""
+        some = next(iter(layers.values())).total
+        if not some["tokens"].any():
             raise ConfigError("no token was observed", "run the model inside the block")
-        indices = sorted(layer.index for layer in self.layers.values())
-        layers: dict[int, dict[str, AnyArray]] = {}
-        for index in indices:
-            per_domain = [self._whole(domain, index).arrays() for domain in domains]
-            layers[index] = {name: np.stack([arrays[name] for arrays in per_domain]) for name in STATISTICS}
-        any_sums = next(iter(self._sums.values()))
-        return RouterStatistics(
-            domains=domains,
-            num_experts=any_sums.num_experts,
-            top_k=any_sums.top_k,
-            layers=layers,
+        return RouterStatistics.of_layers(
+            layers,
+            domains=tuple(self._domains),
+            num_experts=some["count"].shape[-1],
+            top_k=int(some["count"].sum() // some["tokens"].sum()),
             command=command or {"stage": "observe"},
             inputs={"model": self._fingerprint} | dict(inputs or {}),
             **more,
         )
 
-    def _whole(self, domain: str, index: int) -> LayerSums:
-        """A layer's sums, which must be over the same tokens as every other layer's."""
-        tokens = {sums.tokens for (name, _), sums in self._sums.items() if name == domain}
-        if len(tokens) > 1 or (domain, index) not in self._sums:
-            raise MoePruneError(
-                f"the layers did not see the same tokens in domain {domain!r}",
-                "a forward pass ended early: observe again without that batch",
-            )
-        return self._sums[domain, index]
+    def take(self, index: int) -> LayerArrays:
+        """The sums of one decoder layer, which the observation forgets.
+
+        The domains are in the order in which they were announced or else appeared; one that the layer did not see has
+        zeros.
+        """
+        [layer] = [layer for layer in self.layers.values() if layer.index == index]
+        arrays = self._arrays_of(layer)
+        self._sums = {key: sums for key, sums in self._sums.items() if key[2] != index}
+        return arrays
+
+    def _arrays_of(self, layer: ExpertLayer) -> LayerArrays:
+        first, second = (self._stacked(layer, half) for half in (0, 1))
+        total = {name: added(name, first[name], second[name]) for name in STATISTICS}
+        return LayerArrays(total=total, first_half=first)
+
+    def _stacked(self, layer: ExpertLayer, half: int) -> dict[str, AnyArray]:
+        """Arrays [domains, ...] of one half of the data."""
+        import torch
+
+        nothing = LayerSums(layer.num_experts, torch.device("cpu"))
+        rows = [self._sums.get((domain, half, layer.index), nothing).arrays() for domain in self._domains]
+        return {name: np.stack([arrays[name] for arrays in rows]) for name in STATISTICS}
 
     def save(self, path: PathLike) -> Path:
         """Write the statistics file."""
         return self.result().save(path)
+
+
+def _chosen(found: Sequence[ExpertLayer], wanted: Collection[int] | None) -> list[ExpertLayer]:
+    """The layers that shall be observed."""
+    indices = [layer.index for layer in found]
+    missing = sorted(set(wanted or ()) - set(indices))
+    if missing or (wanted is not None and not wanted):
+        what = f"layer {missing[0]} has no experts to observe" if missing else "no layer is to be observed"
+        raise ConfigError(what, f"layers with experts: {', '.join(map(str, indices))}")
+    return [layer for layer in found if wanted is None or layer.index in wanted]
 
 
 def _weighted_sum(gates_TK: torch.Tensor, slots_TKH: torch.Tensor) -> torch.Tensor:
@@ -201,8 +311,29 @@ def _recomputing() -> bool:
     return bool(torch._C._current_graph_task_id() != -1)  # noqa: SLF001 - what torch.utils.checkpoint asks itself
 
 
+def _unwrapped(model: Any) -> PreTrainedModel:
+    """The model inside of what runs it in several processes."""
+    from torch.nn import DataParallel
+    from torch.nn.parallel import DistributedDataParallel
+
+    if isinstance(model, DataParallel):
+        raise ConfigError(
+            "torch.nn.DataParallel runs copies of the model that cannot be observed",
+            "run one process per device, with `accelerate launch` or `torchrun`",
+        )
+    inner: PreTrainedModel = model.module if isinstance(model, DistributedDataParallel) else model
+    return inner
+
+
 @contextlib.contextmanager
-def observe(model: PreTrainedModel, *, domain: str = "default", like: PathLike | None = None) -> Iterator[Observation]:
+def observe(
+    model: PreTrainedModel,
+    *,
+    domain: str = "default",
+    like: PathLike | Checkpoint | None = None,
+    layers: Collection[int] | None = None,
+    domains: Sequence[str] = (),
+) -> Iterator[Observation]:
     """Observe every forward pass of a model inside the block.
 
     Each token is counted once, also under gradient checkpointing and accumulation; padding is left out by the batch's
@@ -210,16 +341,20 @@ def observe(model: PreTrainedModel, *, domain: str = "default", like: PathLike |
     restored on exit.
 
     Args:
-        model: a loaded transformers model.
+        model: a loaded transformers model, also inside of ``DistributedDataParallel``: then every process sees its
+            own share of the tokens.
         domain: label of the batches, until :meth:`Observation.domain` changes it.
-        like: the checkpoint folder that the plan will be made for; by default the one the model was loaded from.
+        like: the checkpoint, opened or its folder, that the plan will be made for; by default the folder the model was
+            loaded from.
+        layers: decoder layers to observe; by default all that have experts.
+        domains: labels in the order that the statistics shall have; by default that of their first batches.
 
     Yields:
         The observation; ``result()`` gives :class:`RouterStatistics`, ``save(path)`` writes them.
 
     Raises:
         UnsupportedModelError: the model has no experts that can be observed.
-        ConfigError: the model is being observed already.
+        ConfigError: the model is being observed already or is run by ``torch.nn.DataParallel``, or one of ``layers`` has no experts.
 
     Example:
         >>> with moeprune.observe(model) as stats:
@@ -227,7 +362,10 @@ def observe(model: PreTrainedModel, *, domain: str = "default", like: PathLike |
         ...         model(**batch)
         >>> stats.save("statistics.safetensors")
     """
-    observation = Observation(model, domain=domain, fingerprint=fingerprint_of(model, like))
+    model = _unwrapped(model)
+    observation = Observation(
+        model, domain=domain, fingerprint=fingerprint_of(model, like), domains=domains, layers=layers
+    )
     if any(is_wrapped(experts, observation.run_experts) for experts in observation.layers):
         raise ConfigError("the model is being observed already", "label parts of the data with domain()")
     with contextlib.ExitStack() as undo:
@@ -249,7 +387,7 @@ def _after_router(observation: Observation, layer: ExpertLayer, _: nn.Module, __
     observation.read_logits(layer, output)
 
 
-def fingerprint_of(model: PreTrainedModel, like: PathLike | None = None) -> str:
+def fingerprint_of(model: PreTrainedModel, like: PathLike | Checkpoint | None = None) -> str:
     """Fingerprint of the checkpoint that a loaded model is of, or empty.
 
     Args:
@@ -259,16 +397,15 @@ def fingerprint_of(model: PreTrainedModel, like: PathLike | None = None) -> str:
     Raises:
         ConfigError: the checkpoint has another number of experts.
     """
-    from moeprune.checkpoint import open_checkpoint
-
-    folder = getattr(model.config, "_name_or_path", "") if like is None else like
-    if like is None and (not folder or not Path(folder).is_dir() or hasattr(model, PLAN_ATTRIBUTE)):
-        return ""
-    checkpoint = open_checkpoint(folder)
+    if like is None:
+        like = str(getattr(model.config, "_name_or_path", ""))
+        if not like or not Path(like).is_dir() or hasattr(model, PLAN_ATTRIBUTE):
+            return ""
+    checkpoint = like if isinstance(like, Checkpoint) else open_checkpoint(like)
     for layer in expert_layers(model):
         if layer.num_experts != checkpoint.num_experts:
             raise ConfigError(
-                f"the model has {layer.num_experts} experts in layer {layer.index}, {folder} has "
+                f"the model has {layer.num_experts} experts in layer {layer.index}, {checkpoint.path} has "
                 f"{checkpoint.num_experts}",
                 "name the checkpoint that the model is of with like=FOLDER",
             )

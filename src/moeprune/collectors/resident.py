@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING
 
 from moeprune._files import begin_work, progress
@@ -12,9 +12,10 @@ from moeprune.calibration import Batch
 from moeprune.checkpoint import Checkpoint
 from moeprune.collectors.probe import Observation, observe
 from moeprune.errors import CheckpointError, ConfigError, first_line
+from moeprune.streaming.skeleton import torch_dtype
+from moeprune.streaming.stream import padded
 
 if TYPE_CHECKING:
-    import torch
     from transformers import PreTrainedModel
 
 
@@ -33,14 +34,11 @@ def load_model(
         ConfigError: an unknown dtype or device.
         CheckpointError: transformers cannot load it, or would make up tensors that it lacks.
     """
-    import torch
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
-    chosen = dtype if dtype == "auto" else getattr(torch, dtype, None)
-    if chosen != "auto" and not (isinstance(chosen, torch.dtype) and chosen.is_floating_point):
-        raise ConfigError(f"unknown --dtype {dtype!r}", "auto, float32, bfloat16 or float16")
-    place = _place(device)
+    chosen = dtype if dtype == "auto" else torch_dtype(dtype)
+    place = place_of(device)
     if not sys.stderr.isatty():
         logging.disable_progress_bar()
     begin_work()
@@ -64,8 +62,12 @@ def load_model(
     return model.eval()
 
 
-def _place(device: str | None) -> str:
-    """A device map that transformers takes."""
+def place_of(device: str | None) -> str:
+    """A device map that transformers takes.
+
+    Raises:
+        ConfigError: there is no such device.
+    """
     import torch
 
     count = torch.cuda.device_count()
@@ -80,32 +82,31 @@ def _place(device: str | None) -> str:
     return str(device)
 
 
-def run_batches(model: PreTrainedModel, batches: Sequence[Batch], checkpoint: Checkpoint) -> Observation:
+def run_batches(
+    model: PreTrainedModel,
+    batches: Sequence[Batch],
+    checkpoint: Checkpoint,
+    layers: Collection[int] | None = None,
+    *,
+    domains: Sequence[str] = (),
+) -> Observation:
     """Run every batch through the model and observe it.
 
     Args:
         model: the loaded model.
         batches: the fixed list of batches.
         checkpoint: what the model was loaded from.
+        layers: decoder layers to observe; by default all that have experts.
+        domains: labels in the order that the statistics shall have; by default that of the batches.
     """
     import torch
 
-    with observe(model, like=checkpoint.path) as observation, torch.inference_mode():
+    with (
+        observe(model, like=checkpoint, layers=layers, domains=domains) as observation,
+        torch.inference_mode(),
+    ):
         for batch in progress(batches, "collecting", unit="batch"):
-            with observation.domain(batch.domain):
+            with observation.batch(batch.domain, batch.half):
                 # The logits are of no interest, and would be the largest tensor of the pass.
                 model(**padded(batch.sequences, model.device), use_cache=False, logits_to_keep=1)
     return observation
-
-
-def padded(sequences: Sequence[Sequence[int]], device: torch.device) -> dict[str, torch.Tensor]:
-    """Right-padded ``input_ids`` and ``attention_mask``, both [batch, sequence]."""
-    import torch
-
-    length = max(map(len, sequences))
-    ids = torch.zeros((len(sequences), length), dtype=torch.long)
-    mask = torch.zeros_like(ids)
-    for row, sequence in enumerate(sequences):
-        ids[row, : len(sequence)] = torch.tensor(sequence)
-        mask[row, : len(sequence)] = 1
-    return {"input_ids": ids.to(device), "attention_mask": mask.to(device)}

@@ -7,7 +7,6 @@ locked meanwhile; the lock ends with the process, whatever ends that.
 from __future__ import annotations
 
 import contextlib
-import errno
 import os
 import shutil
 from collections.abc import Iterator
@@ -15,10 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
-from moeprune._files import PathLike, check_output_folder, hidden_sibling, sync_path
+from moeprune._files import PathLike, check_output_folder, hidden_sibling, lock_file, sync_path
 from moeprune.errors import ConfigError
-
-_NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL}
 
 
 @contextlib.contextmanager
@@ -95,7 +92,7 @@ def claimed(path: PathLike, *, overwrite: bool = False) -> Iterator[Claim]:
 def check_unclaimed(path: PathLike) -> None:
     """Refuse an output folder that another run is writing, before any work is done for it."""
     with contextlib.suppress(OSError), hidden_sibling(path, "journal").open("rb") as journal:
-        _lock(journal, Path(path), shared=True)
+        lock_file(journal, Path(path), shared=True)
 
 
 def _locked_journal(target: Path) -> IO[bytes]:
@@ -103,7 +100,7 @@ def _locked_journal(target: Path) -> IO[bytes]:
     while True:
         journal = file.open("a+b", buffering=0)
         try:
-            _lock(journal, target)
+            lock_file(journal, target)
             if os.path.samestat(os.fstat(journal.fileno()), file.stat()):
                 return journal
             journal.close()  # removed, and made again by yet another run
@@ -111,21 +108,6 @@ def _locked_journal(target: Path) -> IO[bytes]:
             journal.close()
         except BaseException:
             journal.close()
-            raise
-
-
-def _lock(file: IO[bytes], target: Path, *, shared: bool = False) -> None:
-    """Lock a file, or refuse when another run holds it; where locks are not to be had, runs are not kept apart."""
-    try:
-        import fcntl
-
-        fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
-    except ImportError:
-        return
-    except BlockingIOError:
-        raise ConfigError(f"another run is writing {target}", "wait for it, or choose another -o") from None
-    except OSError as error:
-        if error.errno not in _NO_LOCKS:
             raise
 
 

@@ -13,7 +13,7 @@ from typing import IO
 
 from moeprune._files import byte_bar, json_pieces, safetensors_header, sync_path
 from moeprune.checkpoint import INDEX, SINGLE, check_inside
-from moeprune.errors import CheckpointError, ConfigError
+from moeprune.errors import CheckpointError
 from moeprune.rewrite.copying import DIGEST, OutputTensor, Reader, begin_flush, copied_on_server, in_threads
 from moeprune.rewrite.journal import Journal
 
@@ -68,24 +68,6 @@ class Remade(Iterable[OutputTensor]):
 
     def __iter__(self) -> Iterator[OutputTensor]:
         return self._make()
-
-
-def parse_size(text: str) -> int:
-    """Bytes of a size such as ``5GB`` or ``512MiB``.
-
-    Raises:
-        ConfigError: not a size.
-    """
-    units = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
-    number = text.strip().rstrip("BKMGIbkmgi")
-    unit = text.strip()[len(number) :].upper()
-    try:
-        size = int(float(number) * units[unit])
-    except (KeyError, ValueError, OverflowError):
-        raise ConfigError(f"{text!r} is not a size", "write it as 5GB or 512MiB") from None
-    if size < 1:
-        raise ConfigError(f"a shard of {text!r} holds nothing")
-    return size
 
 
 def lay_out(tensors: Iterable[OutputTensor], max_shard_size: int) -> Layout:

@@ -1,7 +1,7 @@
 """Which parameter of a model a tensor on disk fills: the only module that asks transformers' loader for names.
 
-What it asks is private to transformers. Where that is not to be had, a tensor fills the parameter of its name or, within
-its layer, the only one left with the same last part of the name and the same shape.
+What it asks is private to transformers. Where that is not to be had, a tensor fills the parameter of its name, of its
+name inside the layer or, within its layer, the only one left with the same last part of the name and the same shape.
 """
 
 from __future__ import annotations
@@ -187,7 +187,8 @@ def transformers_names(model: PreTrainedModel, names: Sequence[str]) -> dict[str
     computed = sorted(name for name, (target, pattern) in found.items() if pattern is not None and target in state)
     if computed:
         raise UnsupportedModelError(
-            f"transformers computes a parameter from {computed[0]!r} and others", "load the whole model with --no-stream"
+            f"transformers computes a parameter from {computed[0]!r} and others",
+            "load the whole model with --no-stream",
         )
     return {name: target for name, (target, _) in found.items()}
 

@@ -27,7 +27,7 @@ _NOT_DECODED = re.compile(
     r"|[._](?:input|output)_zero_point|\.[qkv]_zero_point|\.weight_shape)"
 )
 _UNPACKED = ("float-quantized", "int-quantized", "naive-quantized")  # formats with one element per weight
-_STRATEGIES = ("tensor", "channel", "group", "block")
+_STRATEGIES = ("tensor", "channel", "group", "block", None)  # None: as the shapes of the scales say
 # Values of the 16 codes of FP4 (E2M1): the upper eight are the lower ones with a minus sign.
 _FP4 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
 
@@ -150,22 +150,13 @@ def _compressed_tensors(settings: Mapping[str, Any]) -> Scheme:
         raise _refusal(f"compressed-tensors {sparsity}")
     if settings.get("transform_config"):
         raise _refusal("compressed-tensors with transforms")
-    bits, blocks, integers = set(), set(), False
-    for group in _object(settings.get("config_groups") or {}, "config_groups").values():
-        weights = _object(_object(group, "config_groups").get("weights") or {}, "weights")
-        if not weights:  # only activations
-            continue
-        form = _object(group, "config_groups").get("format") or settings.get("format")
-        size, kind, strategy = weights.get("num_bits", 8), weights.get("type", "int"), weights.get("strategy", "tensor")
-        packed = form == "pack-quantized" and kind == "int" and size in (2, 4, 8)
-        unpacked = form in _UNPACKED and kind in ("int", "float") and size == 8
-        if not (packed or unpacked) or strategy not in _STRATEGIES:
-            raise _refusal(f"compressed-tensors {form} ({size}-bit {kind}, scales by {strategy})")
-        if packed:
-            bits.add(size)
-        integers |= unpacked and kind == "int"
-        if strategy == "block":
-            blocks.add(_block(weights.get("block_structure"), "block_structure"))
+    groups = list(_weight_groups(settings))
+    bits = {weights["num_bits"] for form, weights in groups if form == "pack-quantized"}
+    blocks = {
+        _block(weights.get("block_structure"), "block_structure")
+        for _, weights in groups
+        if weights.get("strategy") == "block"
+    }
     if len(bits) > 1 or len(blocks) > 1:
         raise _refusal("compressed-tensors with groups of several bit widths or block sizes")
     return Scaled(
@@ -173,8 +164,23 @@ def _compressed_tensors(settings: Mapping[str, Any]) -> Scheme:
         companion=re.compile(r"(.+\.weight)_(packed|scale|zero_point|g_idx)"),
         block=next(iter(blocks), None),
         bits=next(iter(bits), None),
-        integers=integers,
+        integers=any(form in _UNPACKED and weights["type"] == "int" for form, weights in groups),
     )
+
+
+def _weight_groups(settings: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """Format and settings of each group of a config whose weights are quantised, and can be decoded."""
+    for group in _object(settings.get("config_groups") or {}, "config_groups").values():
+        weights = _object(_object(group, "config_groups").get("weights") or {}, "weights")
+        if not weights:  # only activations
+            continue
+        form = group.get("format") or settings.get("format")
+        bits, kind, strategy = (weights.get(key) for key in ("num_bits", "type", "strategy"))
+        packed = form == "pack-quantized" and kind == "int" and bits in (2, 4, 8)
+        unpacked = form in _UNPACKED and kind in ("int", "float") and bits == 8
+        if not (packed or unpacked) or strategy not in _STRATEGIES:
+            raise _refusal(f"compressed-tensors {form} ({bits}-bit {kind}, scales by {strategy})")
+        yield str(form), weights
 
 
 # --- the schemes ------------------------------------------------------------------------------------------------------
@@ -405,11 +411,9 @@ def _unpack(words: torch.Tensor, bits: int) -> torch.Tensor:
 
     if words.dtype != torch.int32:
         raise CheckpointError(f"packed weights of {words.dtype}, where int32 is needed")
-    packed = words.contiguous().view(torch.uint8)  # safetensors files, and the machines that torch runs on, put the
-    count = 8 // bits  #                             lowest byte first, and no code crosses a byte
-    codes = torch.empty((*packed.shape, count), dtype=torch.float32, device=packed.device)
-    for number in range(count):
-        codes[..., number] = (packed >> (number * bits)) & ((1 << bits) - 1)
+    codes = torch.empty((*words.shape, 32 // bits), dtype=torch.float32, device=words.device)
+    for number in range(32 // bits):
+        codes[..., number] = (words >> (number * bits)) & ((1 << bits) - 1)
     return codes.flatten(-2).sub_(1 << (bits - 1))
 
 

@@ -97,7 +97,8 @@ class LayerRunner:
         """What the first decoder layer is given, for ``input_ids`` and ``attention_mask``, both [B, S]."""
         with self._arranged(0, entry := _entry()), contextlib.suppress(_Stop):
             self.model.base_model(**inputs, use_cache=False)
-        return entry.state
+        state: State = entry.state
+        return state
 
     def run(self, index: int, state: State, inputs: Inputs) -> State:
         """Run one layer.
@@ -109,7 +110,8 @@ class LayerRunner:
         """
         with self._arranged(index, real := _real(self.layers[index], state), state), contextlib.suppress(_Stop):
             self.model.base_model(inputs_embeds=state[0], attention_mask=inputs["attention_mask"], use_cache=False)
-        return real.state
+        after: State = real.state
+        return after
 
     def logits(self, state: State, inputs: Inputs, positions: torch.Tensor) -> torch.Tensor:
         """Logits [B, len(positions), V] after the last layer."""

@@ -138,7 +138,7 @@ def _size(shape: Sequence[int], dtype: str) -> int:
 
     import torch
 
-    return math.prod(shape) * getattr(torch, dtype).itemsize
+    return int(math.prod(shape) * getattr(torch, dtype).itemsize)
 
 
 def _read(handle: Any, shape: Sequence[int], dtype: str) -> torch.Tensor:
@@ -163,4 +163,4 @@ def _write(handle: Any, tensor: torch.Tensor) -> None:
 def _bytes_of(tensor: torch.Tensor) -> memoryview:
     import torch
 
-    return memoryview(tensor.reshape(-1).view(torch.uint8).numpy())
+    return tensor.reshape(-1).view(torch.uint8).numpy().data

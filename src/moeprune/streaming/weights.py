@@ -7,6 +7,7 @@ layer takes over the memory of the last one. Files are read, not mapped: what a 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import os
 import threading
 from collections.abc import Iterator, Mapping, Sequence
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
     from torch import nn
     from transformers import PreTrainedModel
 
-OUTSIDE = -1  # the place of embeddings, the last norm and the head beside the decoder layers
+EMBEDDING, HEAD = -1, -2  # beside the decoder layers: what stands before them, and the last norm and the head
 _STAGE = 1 << 26  # bytes that are read at a time where they are then converted or sent to a device
 _READERS = 4
 
@@ -42,7 +43,8 @@ class Weights:
         depth = checkpoint.spec.depth(checkpoint.config)
         modules = {layer.experts: layer.index for layer in expert_layers(model)}
         self.experts = {modules[module]: name for name, module in model.named_modules() if module in modules}
-        self._pieces = pieces_of(checkpoint, model, self.experts, self.scheme, depth=depth)
+        self.depth = depth
+        self._pieces = _with_ends(model, pieces_of(checkpoint, model, self.experts, self.scheme, depth=depth))
         self._dtypes = self._planned_dtypes()
         self._free: dict[tuple[Any, ...], list[torch.Tensor]] = {}
         self._move_buffers()
@@ -71,9 +73,23 @@ class Weights:
         names = {piece.parameter for piece in self.pieces(layer, experts=experts)}
         return sum(self._size(name) for name in names)
 
-    def stored_bytes(self, layer: int) -> int:
+    def stored_bytes(self, layer: int, *, experts: bool | None = None) -> int:
         """Bytes that are read for a layer."""
-        return sum(entry.nbytes for piece in self._pieces[layer] for entry in piece.stored.values())
+        pieces = self.pieces(layer, experts=experts)
+        return sum(entry.nbytes for piece in pieces for entry in piece.stored.values())
+
+    def output_width(self, piece: Piece) -> int:
+        """Numbers that a matrix gives for a token; 0 for what is no matrix."""
+        shape = self._value(piece.parameter).shape
+        return int(shape[0]) if len(shape) == 2 else 0
+
+    def expert_width(self, layer: int) -> int:
+        """Inner size of a layer's experts; 0 where it has none."""
+        shapes = [self._value(piece.parameter).shape for piece in self.pieces(layer, experts=True)[:2]]
+        sizes = {int(size) for shape in shapes for size in shape[1:]} - {
+            self.model.config.get_text_config().hidden_size
+        }
+        return min(sizes, default=0)
 
     def _size(self, name: str) -> int:
         return self._value(name).numel() * self._dtypes[name].itemsize
@@ -89,7 +105,7 @@ class Weights:
         """Fill a layer inside the block; its memory is kept for the next layer that has the same shapes.
 
         Args:
-            layer: decoder layer, or :data:`OUTSIDE`.
+            layer: decoder layer, :data:`EMBEDDING` or :data:`HEAD`.
             experts: only the weights of single experts, or only all others.
 
         Raises:
@@ -102,12 +118,10 @@ class Weights:
             for name in names:
                 self._place(name, self._allocate(name))
             self._fill([(self._value(piece.parameter), piece, None) for piece in pieces])
-            self._tie(layer)
             yield
         finally:
             for name in names:
                 self._recycle(name)
-            self._untie(layer)
 
     def load_experts(self, layer: int, experts: range) -> dict[str, torch.Tensor]:
         """Some experts of a layer, by the name of the parameter inside the experts module: ``[experts, ...]`` each."""
@@ -171,19 +185,26 @@ class Weights:
         is_buffer = _is_buffer(self.model, name)
         holder[leaf] = value if is_buffer else torch.nn.Parameter(value, requires_grad=False)
 
-    def _tie(self, layer: int) -> None:
-        """A head that is the embedding under another name."""
-        for name, source in self._tied(layer):
-            self._place(name, self._value(source).detach())
 
-    def _untie(self, layer: int) -> None:
-        for name, _ in self._tied(layer):
-            self._place(name, self._value(name).detach().to("meta"))
-
-    def _tied(self, layer: int) -> list[tuple[str, str]]:
-        tied = getattr(self.model, "all_tied_weights_keys", None) or {}
-        filled = {piece.parameter for piece in self._pieces[OUTSIDE]}
-        return [(name, source) for name, source in tied.items() if layer == OUTSIDE and name not in filled]
+def _with_ends(model: PreTrainedModel, pieces: dict[int, list[Piece]]) -> dict[int, list[Piece]]:
+    """What lies outside of the layers by whether it is the embedding; a head that is tied to it is filled likewise."""
+    outside = pieces.pop(-1)
+    embedding = model.get_input_embeddings()
+    name = next(name for name, module in model.named_modules() if module is embedding)
+    before = [piece for piece in outside if piece.parameter.startswith(f"{name}.")]
+    filled = {piece.parameter for piece in outside}
+    tied = {
+        head: source
+        for head, source in (getattr(model, "all_tied_weights_keys", None) or {}).items()
+        if head not in filled
+    }
+    copies = [
+        dataclasses.replace(piece, parameter=head)
+        for head, source in tied.items()
+        for piece in outside
+        if piece.parameter == source
+    ]
+    return pieces | {EMBEDDING: before, HEAD: [piece for piece in outside if piece not in before] + copies}
 
 
 def _of_experts(piece: Piece) -> bool:
@@ -194,7 +215,7 @@ def _owner(model: nn.Module, name: str) -> dict[str, Any]:
     """The dictionary of a module that holds the parameter or buffer of a name."""
     module, _, leaf = name.rpartition(".")
     owner = model.get_submodule(module)
-    return owner._buffers if leaf in owner._buffers else owner._parameters  # type: ignore[return-value]  # noqa: SLF001
+    return owner._buffers if leaf in owner._buffers else owner._parameters  # noqa: SLF001
 
 
 def _is_buffer(model: nn.Module, name: str) -> bool:
@@ -302,11 +323,11 @@ class _Filler:
 def _bytes_of(tensor: torch.Tensor) -> memoryview:
     import torch
 
-    return memoryview(tensor.reshape(-1).view(torch.uint8).numpy())
+    return tensor.reshape(-1).view(torch.uint8).numpy().data
 
 
 def torch_dtypes() -> dict[str, torch.dtype]:
-    """torch's dtypes by their names in safetensors files."""
+    """Dtypes of torch by their names in safetensors files."""
     import torch
 
     names = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "BOOL": "bool", "U8": "uint8"}
