@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from moeprune.calibration import load_calibration as load_calibration
     from moeprune.checkpoint import Checkpoint as Checkpoint
     from moeprune.checkpoint import open_checkpoint as open_checkpoint
+    from moeprune.collectors.callback import statistics_callback as statistics_callback
     from moeprune.collectors.probe import observe as observe
     from moeprune.errors import ArtifactError as ArtifactError
     from moeprune.errors import CheckpointError as CheckpointError
@@ -44,6 +45,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "calibration": ("CalibrationSet", "load_calibration"),
     "checkpoint": ("Checkpoint", "open_checkpoint"),
+    "collectors.callback": ("statistics_callback",),
     "collectors.probe": ("observe",),
     "errors": (
         "ArtifactError",

@@ -136,19 +136,24 @@ def _render_forecast(expected: Forecast | None) -> str:
 
 def print_statistics(output: Path, statistics: RouterStatistics, *, as_json: bool) -> None:
     """What a statistics file holds."""
+    from moeprune.stability import gated_norm_stability
+
+    stability = gated_norm_stability(statistics)
     facts = {
         "output": str(output),
         "tokens": statistics.tokens,
         "domains": list(statistics.domains),
         "layers": list(statistics.layers),
         "experts": statistics.num_experts,
+        "stability": {"strategy": "gated-norm"} | stability.to_dict() if stability else None,
     }
     if as_json:
         print_json(facts)
         return
     domains = f" ({', '.join(statistics.domains)})" if statistics.domains else ""
     layers = f"{len(statistics.layers)} layers of {statistics.num_experts} experts"
-    show(f"{statistics.tokens:,} tokens{domains} through {layers}\nstatistics: {output}")
+    halves = f"gated-norm: {stability}\n" if stability else ""
+    show(f"{statistics.tokens:,} tokens{domains} through {layers}\n{halves}statistics: {output}")
 
 
 def print_checkpoint(checkpoint: Checkpoint, *, as_json: bool) -> None:

@@ -157,7 +157,7 @@ def collect(
 ) -> None:
     """Run calibration data through a model and add up what its routers and experts do."""
     from moeprune import pipeline
-    from moeprune.collectors.distributed import from_environment
+    from moeprune.collectors.distributed import from_environment, refuse_many
     from moeprune.planner import coverage_warnings
 
     options: dict[str, Any] = {
@@ -179,6 +179,7 @@ def collect(
         "overwrite": overwrite,
     }
     if dry_run:
+        refuse_many("a dry run")
         out.print_forecast(pipeline.forecast(model, output, **options), output, as_json=as_json)
         return
     statistics = pipeline.collect(model, output, **options)

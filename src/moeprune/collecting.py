@@ -13,7 +13,17 @@ from moeprune._files import begin_work, check_free_space, human_bytes, note
 from moeprune._options import CalibrationOptions
 from moeprune.calibration import Batch, CalibrationSet
 from moeprune.checkpoint import Checkpoint
-from moeprune.collectors.distributed import ALONE, Ranks, check_same, device_of, reduce_layers, shard
+from moeprune.collectors.distributed import (
+    ALONE,
+    Ranks,
+    any_of,
+    check_same,
+    device_of,
+    from_environment,
+    processes_here,
+    reduce_layers,
+    shard,
+)
 from moeprune.errors import ConfigError, UnsupportedModelError
 from moeprune.statistics import STATISTICS, LayerArrays, RouterStatistics
 
@@ -76,7 +86,7 @@ def _run(
     """The sums of this process' share of the data."""
     settings = dataclasses.replace(settings, device=device_of(ranks, settings.device))
     batches = shard(data.batches(settings.batch_tokens), ranks)
-    if streams(checkpoint, settings):
+    if any_of(streams(checkpoint, settings), ranks):  # each saw what memory was free at its time
         return _streamed(checkpoint, settings, data, batches, ranks, output)
     from moeprune.collectors.resident import load_model, run_batches
 
@@ -163,7 +173,7 @@ def device_for(device: str | None) -> torch.device:
 
 
 def limits_of(settings: CalibrationOptions, device: torch.device) -> Limits:
-    """What the user allows, or what is free.
+    """What the user allows, or what is free; processes of one machine share its main memory.
 
     Raises:
         ConfigError: a limit is given for a device that is not used.
@@ -174,7 +184,7 @@ def limits_of(settings: CalibrationOptions, device: torch.device) -> Limits:
         raise ConfigError("--device-memory is given and the model runs on the CPU", "give --memory")
     free = free_memory(device)
     return Limits(
-        host=settings.memory or free.host,
+        host=settings.memory or free.host // processes_here(from_environment()),
         device=None if free.device is None else settings.device_memory or free.device,
     )
 
@@ -277,7 +287,7 @@ def arrange(
 
 def _sums_bytes(num_experts: int, domains: int) -> int:
     """Sums of one layer: two halves of every domain while they are added up, and once more as what they come to."""
-    elements = sum(num_experts ** len(statistic.axes) for statistic in STATISTICS.values())
+    elements: int = sum(num_experts ** len(statistic.axes) for statistic in STATISTICS.values())
     return 4 * 8 * domains * elements
 
 

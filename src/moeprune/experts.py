@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 NAME = "moeprune"  # of our function in transformers' experts interfaces
 _SLOT_ELEMENTS = {True: 1 << 24, False: 1 << 28}  # of the (token, slot) rows that run at a time, on a CPU and elsewhere
-_ROWS_PER_EXPERT = 128  # below that, reading an expert's weights takes longer than multiplying by them
+_ROWS_PER_EXPERT = {True: 32, False: 256}  # below that, reading an expert's weights takes as long as the arithmetic
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,7 +52,7 @@ def expert_layers(model: nn.Module) -> list[ExpertLayer]:
     """
     found = []
     for name, module in model.named_modules():
-        if not hasattr(module, "_is_expert_parallel") or not hasattr(module, "num_experts"):
+        if not _are_experts(module):
             continue
         position = re.search(r"(?:^|\.)layers\.(\d+)\.", name)
         if position is None:
@@ -78,6 +78,10 @@ def expert_layers(model: nn.Module) -> list[ExpertLayer]:
     return found
 
 
+def _are_experts(module: nn.Module) -> bool:
+    return hasattr(module, "_is_expert_parallel") and hasattr(module, "num_experts")
+
+
 def _has_rows(module: nn.Module, count: int) -> bool:
     return any(tensor.dim() == 2 and tensor.shape[0] == count for tensor in module.parameters(recurse=False))
 
@@ -89,7 +93,8 @@ _BELOW: weakref.WeakKeyDictionary[nn.Module, str] = weakref.WeakKeyDictionary()
 
 def slot_rows(hidden: int, num_experts: int, device_type: str) -> int:
     """How many (token, slot) rows of ``hidden`` elements should run through a layer's experts at a time."""
-    return max(_SLOT_ELEMENTS[device_type == "cpu"] // hidden, _ROWS_PER_EXPERT * num_experts)
+    on_cpu = device_type == "cpu"
+    return max(_SLOT_ELEMENTS[on_cpu] // hidden, _ROWS_PER_EXPERT[on_cpu] * num_experts)
 
 
 @contextlib.contextmanager
@@ -108,7 +113,9 @@ def wrapped_experts(
     """
     with contextlib.ExitStack() as undo:
         _register()
-        fresh = [experts for experts in wrappers if experts not in _WRAPPERS]
+        # The implementation can only be exchanged for the whole model, so that every layer comes through here.
+        exchanged = all(experts in _WRAPPERS for experts in wrappers)
+        fresh = [] if exchanged else [experts for experts in _experts_of(model) if experts not in _WRAPPERS]
         for experts in fresh:
             _WRAPPERS[experts], _BELOW[experts] = [], implementation_of(experts)
             undo.callback(_BELOW.pop, experts, None)
@@ -122,6 +129,10 @@ def wrapped_experts(
             _WRAPPERS[experts].insert(0 if innermost else len(_WRAPPERS[experts]), wrapper)
             undo.callback(_WRAPPERS[experts].remove, wrapper)
         yield
+
+
+def _experts_of(model: nn.Module) -> list[nn.Module]:
+    return [module for module in model.modules() if _are_experts(module)]
 
 
 def is_wrapped(experts: nn.Module, wrapper: object) -> bool:

@@ -17,10 +17,11 @@ from moeprune.engines import ENGINES, engine_remarks, engine_verdicts
 from moeprune.errors import ConfigError, PlanError, StaleArtifactError, nearest, ranges
 from moeprune.plans import Budget, LayerPlan, MtpPolicy, PruningPlan
 from moeprune.rewrite.drop import check_plan, keep_lists, output_tensors
-from moeprune.statistics import RouterStatistics, domain_weights
+from moeprune.stability import LEAST, RELIABLE, Stability, split_half
+from moeprune.statistics import LayerStatistics, RouterStatistics, domain_weights
 from moeprune.strategies import DEFAULT, Criterion, Strategy, resolve
 from moeprune.strategies.guards import super_experts
-from moeprune.strategies.selection import select
+from moeprune.strategies.selection import Selection, select
 
 RARE = 20  # an expert seen by fewer tokens than this has a score made of noise
 SHORT = 10 * RARE  # fewer tokens than this for the average expert leave many rare ones
@@ -71,13 +72,18 @@ def make_plan(checkpoint: Checkpoint, statistics: RouterStatistics, wanted: Deci
     chosen, kept = check_decisions(checkpoint, wanted, domains=statistics.domains)
     protected = _union(wanted.protect or {}, super_experts(statistics) if wanted.guard else {})
     own = [layer for layer in checkpoint.mtp_layers if wanted.mtp == "cut" and layer in statistics.layers]
-    layers = {
-        layer: _plan_layer(checkpoint, statistics, chosen, layer, kept, protected.get(layer, frozenset()), wanted)
-        for layer in (*checkpoint.moe_layers, *own)
-    }
+
+    def choose(part: RouterStatistics, layer: int) -> Selection:
+        stats = part.layer(layer, wanted.weights, seed=wanted.seed)
+        return _select(chosen, stats, kept, n_group=checkpoint.n_group, protected=protected.get(layer, frozenset()))
+
+    selected = {layer: choose(statistics, layer) for layer in (*checkpoint.moe_layers, *own)}
+    stability = split_half(statistics, choose, selected) if chosen.calibrated else None
+    layers = {layer: LayerPlan(keep=one.keep, scores=one.scores) for layer, one in selected.items()}
     if wanted.mtp == "cut":
         layers |= _follow_last(checkpoint, layers)
-    notes = _notes(checkpoint, statistics, kept, wanted) + _mtp_notes(checkpoint, layers)
+    notes = stability_warnings(statistics, stability) + _notes(checkpoint, statistics, kept, wanted)
+    notes += _mtp_notes(checkpoint, layers)
     plan = PruningPlan(
         layers=layers,
         config_edits={},
@@ -87,6 +93,7 @@ def make_plan(checkpoint: Checkpoint, statistics: RouterStatistics, wanted: Deci
         strategy=_describe(chosen)
         | {"protected": {str(layer): sorted(who) for layer, who in sorted(protected.items())}},
         coverage=_coverage(statistics, layers),
+        stability=stability.to_dict() if stability else {},
         notes=notes,
     )
     return derive(checkpoint, plan)
@@ -142,24 +149,15 @@ def check_statistics(checkpoint: Checkpoint, statistics: RouterStatistics) -> No
         )
     missing = sorted(set(checkpoint.moe_layers) - set(statistics.layers))
     if missing:
-        raise StaleArtifactError(f"the statistics lack layers {missing[:8]}", "collect all layers")
+        hint = "merge the files of all slices with `moeprune stats merge`, or collect all layers"
+        raise StaleArtifactError(f"the statistics lack layers {ranges(missing)}", hint)
 
 
-def _plan_layer(
-    checkpoint: Checkpoint,
-    statistics: RouterStatistics,
-    strategy: Strategy,
-    layer: int,
-    kept: int,
-    protected: Set[int],
-    wanted: Decisions,
-) -> LayerPlan:
-    values = strategy(statistics.layer(layer, wanted.weights, seed=wanted.seed))
+def _select(strategy: Strategy, stats: LayerStatistics, kept: int, *, n_group: int, protected: Set[int]) -> Selection:
     try:
-        selection = select(values, kept, n_group=checkpoint.n_group, protected=protected)
+        return select(strategy(stats), kept, n_group=n_group, protected=protected)
     except PlanError as error:
-        raise PlanError(f"layer {layer}: {error.message}", error.hint) from error
-    return LayerPlan(keep=selection.keep, scores=selection.scores)
+        raise PlanError(f"layer {stats.layer}: {error.message}", error.hint) from error
 
 
 def _follow_last(checkpoint: Checkpoint, layers: Mapping[int, LayerPlan]) -> dict[int, LayerPlan]:
@@ -339,6 +337,14 @@ def coverage_warnings(statistics: RouterStatistics) -> list[str]:
             f"to reach them add {least}{_more(statistics, RARE / max(1, int(counts.min())))}"
         )
     return warnings
+
+
+def stability_warnings(statistics: RouterStatistics, stability: Stability | None) -> list[str]:
+    """Warning about scores that other data like these might rank otherwise, with how much to add."""
+    if stability is None or stability.reliability >= RELIABLE:
+        return []
+    least = "at least " if stability.median < LEAST else ""
+    return [f"{stability}: add {least}{_more(statistics, stability.data_factor)}"]
 
 
 def _more(statistics: RouterStatistics, factor: float) -> str:

@@ -142,6 +142,7 @@ class PruningPlan:
         config_edits: config keys and their new values; derived from the keep-lists.
         budget, strategy, size, coverage, engines, notes: what the decision was based on and means, for people. An
             engine with no reason against it takes the result.
+        stability: how far two halves of the calibration data agree, where that is known.
         command, inputs: canonical options and fingerprints.
         kind: always ``drop``: keep-lists for the byte-copy executor.
     """
@@ -155,6 +156,7 @@ class PruningPlan:
     strategy: Mapping[str, Any] = field(default_factory=dict)
     size: Mapping[str, Any] = field(default_factory=dict)
     coverage: Mapping[str, float] = field(default_factory=dict)
+    stability: Mapping[str, Any] = field(default_factory=dict)
     engines: Mapping[str, Sequence[str]] = field(default_factory=dict)
     notes: Sequence[str] = ()
 
@@ -171,6 +173,7 @@ class PruningPlan:
             "strategy": dict(self.strategy),
             "size": dict(self.size),
             "coverage": dict(self.coverage),
+            **({"stability": dict(self.stability)} if self.stability else {}),
             "engines": {engine: list(reasons) for engine, reasons in self.engines.items()},
             "notes": list(self.notes),
             "config_edits": dict(self.config_edits),

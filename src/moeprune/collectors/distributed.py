@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 _MEETING = timedelta(minutes=10)  # for all processes to start
 _WAITING = timedelta(hours=6)  # of the fastest for the slowest: those that died are noticed at once
+_LAUNCH = "start the processes with `accelerate launch` or `torchrun`, or unset WORLD_SIZE"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,7 +68,7 @@ def from_environment() -> Ranks:
     if not 0 <= rank < size:
         raise ConfigError(
             f"WORLD_SIZE is {size} and RANK is {os.environ.get('RANK', 'missing')}",
-            "start the processes with `accelerate launch` or `torchrun`, or unset WORLD_SIZE",
+            _LAUNCH,
         )
     return Ranks(rank=rank, size=size, local_rank=_number("LOCAL_RANK", rank))
 
@@ -137,15 +138,10 @@ def _joined() -> Ranks | None:
 @contextlib.contextmanager
 def _meeting(ranks: Ranks) -> Iterator[None]:
     """A group of our own, with a line that tells when one of it dies."""
+    _check_address(ranks)
     import torch.distributed as dist
     from torch.distributed.rendezvous import rendezvous
 
-    for name in ("MASTER_ADDR", "MASTER_PORT"):
-        if not os.environ.get(name):
-            raise ConfigError(
-                f"WORLD_SIZE is {ranks.size} and {name} is not set",
-                "start the processes with `accelerate launch` or `torchrun`, or unset WORLD_SIZE",
-            )
     with contextlib.ExitStack() as undo:
         try:
             store, _, _ = next(rendezvous("env://", ranks.rank, ranks.size, timeout=_MEETING))
@@ -167,6 +163,12 @@ def _meeting(ranks: Ranks) -> Iterator[None]:
             ) from error
         undo.enter_context(_share_of_the_cores(ranks))
         yield
+
+
+def _check_address(ranks: Ranks) -> None:
+    for name in ("MASTER_ADDR", "MASTER_PORT"):
+        if not os.environ.get(name):
+            raise ConfigError(f"WORLD_SIZE is {ranks.size} and {name} is not set", _LAUNCH)
 
 
 def _backend() -> str:
@@ -232,6 +234,15 @@ def barrier(ranks: Ranks) -> None:
     """
     if ranks.size > 1:
         _all_gather(b".", ranks)
+
+
+def any_of(flag: bool, ranks: Ranks) -> bool:
+    """Whether the flag is set in any process, so that all of them take the same way.
+
+    Raises:
+        MoePruneError: another process failed.
+    """
+    return flag if ranks.size == 1 else b"\1" in _all_gather(bytes([flag]), ranks)
 
 
 def check_same(ranks: Ranks, **facts: Any) -> None:
@@ -331,9 +342,8 @@ def _tensor(data: bytes) -> torch.Tensor:
     import torch
     import torch.distributed as dist
 
-    backend = dist.get_backend()
-    on_cpu = "cpu:" in backend or backend in {"gloo", "mpi"}
-    return torch.frombuffer(bytearray(data), dtype=torch.uint8).to("cpu" if on_cpu else torch.cuda.current_device())
+    devices = [pair.partition(":")[0] for pair in str(dist.get_backend_config()).split(",")]  # cpu:gloo,cuda:nccl
+    return torch.frombuffer(bytearray(data), dtype=torch.uint8).to("cpu" if "cpu" in devices else devices[0])
 
 
 @contextlib.contextmanager

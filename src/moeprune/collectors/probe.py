@@ -229,6 +229,8 @@ class Observation:
             ConfigError: no token was seen.
             MoePruneError: a forward pass ended before the last layer.
         """
+        if not any(sums.tokens for sums in self._sums.values()):
+            raise ConfigError("no token was observed", "run the model inside the block")
         return self.statistics(self.arrays(), command=command, inputs=inputs, **more)
 
     def arrays(self) -> dict[int, LayerArrays]:
@@ -245,13 +247,11 @@ class Observation:
     ) -> RouterStatistics:
         """Statistics of this model from sums by decoder layer, its own or those of several processes together."""
         some = next(iter(layers.values())).total
-        if not some["tokens"].any():
-            raise ConfigError("no token was observed", "run the model inside the block")
         return RouterStatistics.of_layers(
             layers,
             domains=tuple(self._domains),
             num_experts=some["count"].shape[-1],
-            top_k=int(some["count"].sum() // some["tokens"].sum()),
+            top_k=int(some["count"].sum() // max(1, some["tokens"].sum())),
             command=command or {"stage": "observe"},
             inputs={"model": self._fingerprint} | dict(inputs or {}),
             **more,
@@ -297,11 +297,15 @@ def _chosen(found: Sequence[ExpertLayer], wanted: Collection[int] | None) -> lis
 
 
 def _weighted_sum(gates_TK: torch.Tensor, slots_TKH: torch.Tensor) -> torch.Tensor:
-    """Sum of the slots by their gates, [T, H], in the wider of the two dtypes."""
+    """Sum of the slots by their gates, [T, H], in the wider of the two dtypes; one slot is widened at a time."""
     import torch
 
     dtype = torch.promote_types(gates_TK.dtype, slots_TKH.dtype)
-    return torch.bmm(gates_TK.to(dtype).unsqueeze(1), slots_TKH.to(dtype)).squeeze(1)
+    gates_TK1 = gates_TK.to(dtype).unsqueeze(-1)
+    total_TH = gates_TK1[:, 0] * slots_TKH[:, 0].to(dtype)
+    for slot in range(1, slots_TKH.shape[1]):
+        total_TH = torch.addcmul(total_TH, gates_TK1[:, slot], slots_TKH[:, slot].to(dtype))
+    return total_TH
 
 
 def _recomputing() -> bool:
@@ -354,7 +358,8 @@ def observe(
 
     Raises:
         UnsupportedModelError: the model has no experts that can be observed.
-        ConfigError: the model is being observed already or is run by ``torch.nn.DataParallel``, or one of ``layers`` has no experts.
+        ConfigError: the model is being observed already or is run by ``torch.nn.DataParallel``, or one of ``layers``
+            has no experts.
 
     Example:
         >>> with moeprune.observe(model) as stats:

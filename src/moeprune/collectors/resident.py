@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING
 
-from moeprune._files import begin_work, progress
+from moeprune._files import begin_work, progress, quiet
 from moeprune.calibration import Batch
 from moeprune.checkpoint import Checkpoint
 from moeprune.collectors.probe import Observation, observe
@@ -39,7 +39,7 @@ def load_model(
 
     chosen = dtype if dtype == "auto" else torch_dtype(dtype)
     place = place_of(device)
-    if not sys.stderr.isatty():
+    if quiet.get() or not sys.stderr.isatty():
         logging.disable_progress_bar()
     begin_work()
     with warnings.catch_warnings():

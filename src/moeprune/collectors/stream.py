@@ -61,6 +61,8 @@ def stream_batches(
         start = _begin(stream, inputs, states, kept)
         if kept is not None:
             done = {layer: kept.load_layer(layer) for layer in layers if layer < start}
+        for _ in range(start):
+            barrier(ranks)  # of a layer that another process may have to run again
         for index in progress(range(start, max(layers) + 1), "collecting", unit="layer"):
             _run_layer(stream, index, batches, inputs, states, observation)
             if index in layers:

@@ -6,7 +6,7 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence, Set
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from moeprune._files import PathLike, begin_work, check_free_space, progress, to_json
 from moeprune.checkpoint import Checkpoint, open_checkpoint
@@ -14,7 +14,7 @@ from moeprune.collectors.probe import PLAN_ATTRIBUTE, fingerprint_of
 from moeprune.errors import CheckpointError, PlanError, StaleArtifactError
 from moeprune.experts import ExpertLayer, expert_layers
 from moeprune.headers import TensorEntry
-from moeprune.plans import PruningPlan, RouterShape, check_keep
+from moeprune.plans import PruningPlan, check_keep
 from moeprune.rewrite.claims import output_folder
 from moeprune.rewrite.copying import OutputTensor
 from moeprune.rewrite.drop import (
@@ -29,13 +29,11 @@ from moeprune.rewrite.drop import (
     write_checkpoint,
 )
 from moeprune.rewrite.shards import lay_out
+from moeprune.runtime.masking import assign, kept_counts, kept_rows, router_modules, router_shape
 
 if TYPE_CHECKING:
     import torch
-    from torch import nn
     from transformers import PreTrainedModel
-
-_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts")  # attributes that count routed experts
 
 
 def prune_model(model: PreTrainedModel, plan: PruningPlan) -> PreTrainedModel:
@@ -63,12 +61,10 @@ def prune_model(model: PreTrainedModel, plan: PruningPlan) -> PreTrainedModel:
     _check_fit(model, layers, plan)
     for layer in layers:
         keep = plan.layers[layer.index].keep
-        for module in layer.experts.modules():
-            _slice_module(module, layer.num_experts, keep)
-        for module in (*layer.router.modules(), layer.block):
-            _slice_module(module, layer.num_experts, keep)
+        for module in (*layer.experts.modules(), *router_modules(layer)):
+            assign(module, kept_rows(module, layer.num_experts, keep))
     for holder in (model, model.config.get_text_config()):  # the model's own is read by the load-balancing loss
-        _set_counts(holder, layers[0].num_experts, plan.kept)
+        assign(holder, kept_counts(holder, layers[0].num_experts, plan.kept))
     setattr(model, PLAN_ATTRIBUTE, plan)
     return model
 
@@ -83,46 +79,13 @@ def _check_fit(model: PreTrainedModel, layers: Sequence[ExpertLayer], plan: Prun
             f"the plan was made for another model than {model.config._name_or_path}",  # noqa: SLF001 - its only name
             "make a plan from statistics of this model",
         )
-    config = model.config.get_text_config()
-    odd = {layer.index for layer in layers} ^ {layer for layer in plan.layers if layer < config.num_hidden_layers}
+    depth = model.config.get_text_config().num_hidden_layers
+    odd = {layer.index for layer in layers} ^ {layer for layer in plan.layers if layer < depth}
     if odd:
         raise PlanError(f"the plan and the model do not have the same MoE layers (first odd one: {min(odd)})")
     check_counts(plan)
     for layer in layers:
-        shape = RouterShape(
-            num_experts=layer.num_experts,
-            top_k=int(config.num_experts_per_tok),
-            n_group=int(getattr(config, "n_group", None) or 1),
-            topk_group=int(getattr(config, "topk_group", None) or 1),
-        )
-        check_keep(layer.index, plan.layers[layer.index].keep, shape)
-
-
-def _slice_module(module: nn.Module, num_experts: int, keep: tuple[int, ...]) -> None:
-    """Keep some rows of each parameter and buffer that has one row per expert, and correct the module's own count."""
-    import torch
-
-    index = torch.tensor(keep)
-    for name, value in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]:
-        axis = _expert_axis(value.shape, num_experts)
-        if axis is not None:
-            rows = value.detach().index_select(axis, index.to(value.device))
-            is_parameter = isinstance(value, torch.nn.Parameter)
-            setattr(module, name, torch.nn.Parameter(rows, value.requires_grad) if is_parameter else rows)
-    _set_counts(module, num_experts, len(keep))
-
-
-def _expert_axis(shape: Sequence[int], num_experts: int) -> int | None:
-    """The axis with one row per expert, if any: the first, or the second behind one of size 1."""
-    if tuple(shape[:1]) == (num_experts,):
-        return 0
-    return 1 if tuple(shape[:2]) == (1, num_experts) else None
-
-
-def _set_counts(holder: Any, before: int, after: int) -> None:
-    for name in _COUNTS:
-        if getattr(holder, name, None) == before:
-            setattr(holder, name, after)
+        check_keep(layer.index, plan.layers[layer.index].keep, router_shape(layer))
 
 
 def save_model(

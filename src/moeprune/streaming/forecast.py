@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 SHARE = 0.9  # of what is free, where the user sets no limit
 _STAGES = 4 << 26  # bytes of the buffers through which weights go to another device
+_LIBRARIES = 160 << 20  # bytes that the libraries below keep once layers run on a CPU, mostly oneDNN's code
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -99,7 +100,7 @@ def forecast(weights: Weights, load: Load, limits: Limits) -> Forecast:
     chunk = sizes.chunk_that_fits(roomy, limits)
     layer, work = sizes.peak(chunk)
     running = layer + work
-    host = (_STAGES + sizes.batch_state if limits.device is not None else running) + load.sums
+    host = (_STAGES + sizes.batch_state if limits.device is not None else running) + sizes.beside
     states = sizes.states
     spill = host + states > limits.host
     disk = states * (2 if spill else 2 * load.durable)
@@ -134,6 +135,11 @@ class _Sizes:
         per_token = self.hidden * self.itemsize * load.copies
         self.states = sum(rows * length for rows, length in load.shapes) * per_token
 
+    @property
+    def beside(self) -> int:
+        """What is in main memory beside weights and batches."""
+        return self.load.sums + (_LIBRARIES if self.weights.device.type == "cpu" else 0)
+
     def peak(self, chunk: int) -> tuple[int, int]:
         """The largest sum of a layer in memory and a batch at work in it, as the two parts."""
         parts = [(self.weights.nbytes(EMBEDDING), self.batch_state)]
@@ -148,7 +154,7 @@ class _Sizes:
 
     def chunk_that_fits(self, roomy: int, limits: Limits) -> int:
         """Experts at a time: all, or as many as there is room for."""
-        extra = self.load.sums if limits.device is None else 0
+        extra = self.beside if limits.device is None else 0
         if sum(self.peak(self.num_experts)) + extra <= roomy:
             return self.num_experts
         largest = max(self.layers, key=self.weights.nbytes)

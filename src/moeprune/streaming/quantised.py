@@ -246,6 +246,7 @@ class Scaled:
         return shape
 
     def _unpacked_shape(self, packed: Shape) -> Shape:
+        """Rows that do not fill their last word come out too wide, and then fit no model."""
         if self.bits is None or not packed:
             raise CheckpointError("there are packed weights, of which config.json says nothing")
         return (*packed[:-1], packed[-1] * 32 // self.bits)
@@ -263,10 +264,10 @@ class Scaled:
         grid = _grid(tuple(stored["scale"].shape))
         span = _span(tuple(values.shape), grid, self.block)
         scales, zeros = _scales(stored["scale"]).reshape(grid), self._zeros(stored, len(values), grid)
-        order = stored.get("g_idx")
-        if order is not None and bool((order >= 0).all()):  # the group of each column; -1 where they lie in order
-            span, scales = (1, 1), scales[:, order.long()]
-            zeros = None if zeros is None else zeros[:, order.long()]
+        order = _order(stored, grid[-1])
+        if order is not None:
+            span, scales = (1, 1), scales[:, order]
+            zeros = None if zeros is None else zeros[:, order]
         if zeros is not None:
             _by_block(torch.Tensor.sub_, values, zeros, span)
         _by_block(torch.Tensor.mul_, values, scales, span)
@@ -367,6 +368,16 @@ def _each_matrix(
 def _grid(scale: Shape) -> Shape:
     """Shape of the scales with rows and columns; older files leave out an axis of length 1."""
     return (*scale, *(1,) * (2 - len(scale)))
+
+
+def _order(stored: Mapping[str, torch.Tensor], groups: int) -> torch.Tensor | None:
+    """The group of each column, where they do not lie in order: all -1 says that they do."""
+    if "g_idx" not in stored or int(stored["g_idx"].min()) < 0:
+        return None
+    order = stored["g_idx"].long()
+    if int(order.max()) >= groups:
+        raise CheckpointError(f"a g_idx names group {int(order.max())} of {groups}")
+    return order
 
 
 def _span(shape: Shape, grid: Shape, block: tuple[int, int] | None) -> tuple[int, int]:

@@ -7,6 +7,7 @@ by a stub that hands on what the layer before gave. So nothing about an architec
 from __future__ import annotations
 
 import contextlib
+import functools
 import re
 import warnings
 from collections.abc import Iterator, Mapping
@@ -95,10 +96,10 @@ class LayerRunner:
 
     def embed(self, inputs: Inputs) -> State:
         """What the first decoder layer is given, for ``input_ids`` and ``attention_mask``, both [B, S]."""
-        with self._arranged(0, entry := _entry()), contextlib.suppress(_Stop):
+        entry = _kinds()["entry"]()
+        with self._arranged(0, entry), contextlib.suppress(_Stop):
             self.model.base_model(**inputs, use_cache=False)
-        state: State = entry.state
-        return state
+        return _state_of(entry)
 
     def run(self, index: int, state: State, inputs: Inputs) -> State:
         """Run one layer.
@@ -108,10 +109,10 @@ class LayerRunner:
             state: what :meth:`embed` or the layer before gave.
             inputs: ``attention_mask`` [B, S].
         """
-        with self._arranged(index, real := _real(self.layers[index], state), state), contextlib.suppress(_Stop):
+        real = _kinds()["real"](self.layers[index], state)
+        with self._arranged(index, real, state), contextlib.suppress(_Stop):
             self.model.base_model(inputs_embeds=state[0], attention_mask=inputs["attention_mask"], use_cache=False)
-        after: State = real.state
-        return after
+        return _state_of(real)
 
     def logits(self, state: State, inputs: Inputs, positions: torch.Tensor) -> torch.Tensor:
         """Logits [B, len(positions), V] after the last layer."""
@@ -125,7 +126,7 @@ class LayerRunner:
         """Put ``at`` in the place of one layer, and stubs that hand on ``before`` in the place of those before it."""
         from torch import nn
 
-        stub = _stub(before)
+        stub = _kinds()["stub"](before)
         stubs = [stub] * index + ([at] if at is not None else [])
         # As many as before: a model may walk through a list of kinds of layers beside them.
         arranged = nn.ModuleList(stubs + [stub] * (len(self.layers) - len(stubs)))
@@ -134,6 +135,10 @@ class LayerRunner:
             yield
         finally:
             setattr(self._owner, self._attribute, nn.ModuleList(self.layers))
+
+
+def _state_of(module: nn.Module) -> State:
+    return cast("State", module.state)
 
 
 def _layers_path(model: PreTrainedModel) -> str:
@@ -149,44 +154,41 @@ class _Stop(Exception):  # noqa: N818 - no error: the forward pass has got as fa
     """Ends a forward pass after the layer of interest."""
 
 
-def _as_state(output: Any) -> State:
-    return output if isinstance(output, tuple) else (output,)
-
-
-def _stub(state: State) -> Any:
-    """A layer that gives what the layer before the one of interest gave: a tensor, or a tuple where there is more."""
+@functools.cache
+def _kinds() -> dict[str, type[nn.Module]]:
+    """What stands in the places of decoder layers; classes made once, since one of them is a cycle of references."""
     from torch import nn
 
     class Stub(nn.Module):
+        """Gives what the layer before the one of interest gave: a tensor, or a tuple where there is more."""
+
+        def __init__(self, state: State) -> None:
+            super().__init__()
+            self.state = state
+
         def forward(self, *_: Any, **__: Any) -> Any:
-            return state[0] if len(state) == 1 else state
-
-    return Stub()
-
-
-def _entry() -> Any:
-    """A layer that keeps what it is given."""
-    from torch import nn
+            return self.state[0] if len(self.state) == 1 else self.state
 
     class Entry(nn.Module):
+        """Keeps what it is given."""
+
         state: State = ()
 
         def forward(self, hidden: torch.Tensor, *_: Any, **__: Any) -> None:
             self.state = (hidden,)
             raise _Stop
 
-    return Entry()
-
-
-def _real(layer: nn.Module, given: State) -> Any:
-    """The layer of interest, fed with ``given`` whatever the model made of its inputs on the way."""
-    from torch import nn
-
     class Real(nn.Module):
-        state: State = ()
+        """The layer of interest, fed with a state whatever the model made of its inputs on the way."""
+
+        def __init__(self, layer: nn.Module, state: State) -> None:
+            super().__init__()
+            self.layer = layer
+            self.state = state
 
         def forward(self, _: torch.Tensor, *args: Any, **kwargs: Any) -> None:
-            self.state = _as_state(layer(given[0], *args, **kwargs))
+            output = self.layer(self.state[0], *args, **kwargs)
+            self.state = output if isinstance(output, tuple) else (output,)
             raise _Stop
 
-    return Real()
+    return {"stub": Stub, "entry": Entry, "real": Real}

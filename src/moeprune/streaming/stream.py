@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import functools
+import os
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -47,6 +49,9 @@ class LayerStream:
     def __init__(
         self, checkpoint: Checkpoint, *, device: torch.device, dtype: str = "auto", trust_remote_code: bool = False
     ) -> None:
+        if device.type == "cpu":
+            # Every expert gets another number of rows, and for each oneDNN would keep the code that it made: 100 MB.
+            os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "0")
         self.model = build_skeleton(checkpoint, dtype=dtype, trust_remote_code=trust_remote_code)
         self.device = device
         self.weights = Weights(checkpoint, self.model, device)
@@ -98,7 +103,9 @@ class LayerStream:
     def run(self, index: int, state: tuple[torch.Tensor, ...], inputs: Inputs) -> tuple[torch.Tensor, ...]:
         """One batch through the layer that is in memory."""
         here = tuple(tensor.to(self.device, non_blocking=True) for tensor in state)
-        return self._runner.run(index, here, self._here(inputs))
+        after = self._runner.run(index, here, self._here(inputs))
+        _trim_heap()
+        return after
 
     @contextlib.contextmanager
     def head(self) -> Iterator[None]:
@@ -113,6 +120,12 @@ class LayerStream:
 
     def _here(self, inputs: Inputs) -> Inputs:
         return {name: value.to(self.device) for name, value in inputs.items()}
+
+
+def _trim_heap() -> None:
+    """Give freed memory back to the system, where the C library has a way to."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _in_chunks(

@@ -290,7 +290,9 @@ class _Filler:
             into.copy_(self._scheme.decode(parts, into.dtype).reshape(into.shape))  # type: ignore[union-attr]
             return
         entry = stored[""]
-        dtype = torch_dtypes()[entry.dtype]
+        dtype = torch_dtypes().get(entry.dtype)
+        if dtype is None or not dtype.is_floating_point or dtype.itemsize < 2:
+            raise CheckpointError(f"tensor {entry.name!r} is stored as {entry.dtype} and has no scales")
         begin = entry.begin + (0 if row is None else row * into.numel() * dtype.itemsize)
         wanted = tuple(into.shape) if row is None else (entry.shape[0], *into.shape)
         if entry.shape != wanted:

@@ -1,0 +1,144 @@
+"""Score many plans on a model that does not fit in memory: one pass over its weights serves all of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING
+
+from moeprune._files import progress
+from moeprune.errors import EvaluationError
+from moeprune.evaluation.agreement import AgreementSums, Sequences, batches
+from moeprune.evaluation.evaluator import KeepLists, PlanScore, check_layers
+from moeprune.experts import ExpertLayer, expert_layers
+from moeprune.runtime.masking import Mask
+from moeprune.streaming.states import States
+from moeprune.streaming.stream import LayerStream
+
+if TYPE_CHECKING:
+    import torch
+
+    Inputs = dict[str, torch.Tensor]
+
+_PIECE = 1024  # tokens whose logits are in memory at a time
+
+
+class StreamedEvaluator:
+    """Scores plans layer by layer: the hidden states of the base model and of every plan advance side by side.
+
+    Until the first layer that a plan masks, its states are the base model's and are not computed again.
+
+    Args:
+        stream: the checkpoint.
+        sequences: token ids per document; the first token is only ever context.
+        batch_tokens: most tokens, padding included, in a batch.
+        states: makes the store for the states of so many batches; by default they are in memory.
+
+    Raises:
+        EvaluationError: fewer than two documents with a token to predict.
+
+    Example:
+        >>> evaluator = StreamedEvaluator(LayerStream(checkpoint, device=torch.device("cpu")), sequences)
+        >>> [one, two] = evaluator([plan_a, plan_b])
+    """
+
+    def __init__(
+        self,
+        stream: LayerStream,
+        sequences: Sequences,
+        batch_tokens: int = 8192,
+        *,
+        states: Callable[[int], States] = States,
+    ) -> None:
+        if sum(len(ids) > 1 for ids in sequences) < 2:
+            raise EvaluationError("a plan is scored on at least two documents of two tokens or more")
+        self._stream, self._documents, self._states = stream, len(sequences), states
+        self._layers = {layer.index: layer for layer in expert_layers(stream.model)}
+        self._rows: list[list[int]] = []
+        self._inputs: list[Inputs] = []
+        for rows, ids_BT, mask_BT in batches(sequences, batch_tokens):
+            self._rows.append(rows)
+            self._inputs.append({"input_ids": ids_BT, "attention_mask": mask_BT})
+
+    @property
+    def shapes(self) -> list[tuple[int, int]]:
+        """Rows and padded length of every batch."""
+        return [(len(inputs["input_ids"]), inputs["input_ids"].shape[1]) for inputs in self._inputs]
+
+    def __call__(self, keeps: Sequence[KeepLists]) -> list[PlanScore]:
+        """Score every plan on the same documents, in the order given.
+
+        Raises:
+            PlanError: a plan names a layer that has no experts, or a router cannot work with a keep-list.
+            CheckpointError: a file cannot be read; the message names it.
+        """
+        import torch
+
+        for keep in keeps:
+            check_layers(keep, self._layers)
+        if not keeps:
+            return []
+        states = self._states(len(self._inputs) * (1 + len(keeps)))
+        with torch.inference_mode():
+            self._stream.embed(self._inputs, states)
+            apart = [False] * len(keeps)  # whether a plan's states are no longer the base model's
+            for index in progress(range(self._stream.depth), "evaluating", unit="layer"):
+                self._advance(index, keeps, states, apart)
+                states.turn()
+            return [PlanScore.of(sums) for sums in self._compare(states, apart)]
+
+    def _advance(self, index: int, keeps: Sequence[KeepLists], states: States, apart: list[bool]) -> None:
+        """Run one layer on the base model's states and on those of every plan that is apart from it."""
+        with self._stream.layer(index):
+            masks = [_mask(self._layers.get(index), keep) for keep in keeps]
+            for batch, inputs in enumerate(self._inputs):
+                before = states.get(self._place(0, batch))
+                for plan, mask in enumerate(masks):
+                    if not apart[plan] and mask is None:
+                        continue
+                    own = states.get(self._place(1 + plan, batch)) if apart[plan] else before
+                    states.put(self._place(1 + plan, batch), self._run(index, own, inputs, mask))
+                # Last, because it may take the place of the states that the plans have just read.
+                states.put(self._place(0, batch), self._run(index, before, inputs, None))
+        for plan, mask in enumerate(masks):
+            apart[plan] = apart[plan] or mask is not None
+
+    def _run(
+        self, index: int, state: tuple[torch.Tensor, ...], inputs: Inputs, mask: Mask | None
+    ) -> tuple[torch.Tensor, ...]:
+        if mask is None:
+            return self._stream.run(index, state, inputs)
+        with mask.applied():
+            return self._stream.run(index, state, inputs)
+
+    def _compare(self, states: States, apart: Sequence[bool]) -> list[AgreementSums]:
+        """Add up what the logits of every plan say beside those of the base model."""
+        sums = [AgreementSums(self._documents) for _ in apart]
+        with self._stream.head():
+            for batch, inputs in enumerate(self._inputs):
+                places = [self._place(1 + plan if own else 0, batch) for plan, own in enumerate(apart)]
+                ids_BT, mask_BT = inputs["input_ids"], inputs["attention_mask"]
+                for part in _overlapping(ids_BT.shape[1], max(2, _PIECE // len(ids_BT))):
+                    base = self._logits(states, self._place(0, batch), inputs, part)
+                    for place, own in zip(places, sums, strict=True):
+                        same = place == self._place(0, batch)
+                        logits = base if same else self._logits(states, place, inputs, part)
+                        own.add(self._rows[batch], base, logits, ids_BT[:, part], mask_BT[:, part])
+        return sums
+
+    def _logits(self, states: States, place: int, inputs: Inputs, part: slice) -> torch.Tensor:
+        import torch
+
+        return self._stream.logits(states.get(place), inputs, torch.arange(part.start, part.stop))
+
+    def _place(self, copy: int, batch: int) -> int:
+        return copy * len(self._inputs) + batch
+
+
+def _mask(layer: ExpertLayer | None, keep: KeepLists) -> Mask | None:
+    return Mask(layer, keep[layer.index]) if layer is not None and layer.index in keep else None
+
+
+def _overlapping(length: int, piece: int) -> Iterator[slice]:
+    """Parts that share a token with the next, so that every token but the first is predicted in one of them."""
+    for start in range(0, max(1, length - 1), piece - 1):
+        yield slice(start, min(start + piece, length))
