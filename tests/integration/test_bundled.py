@@ -181,7 +181,7 @@ def test_the_first_command_of_the_readme(
     assert json.loads((out / "config.json").read_text())["num_experts"] == 16
 
 
-@pytest.mark.parametrize("example", ["stages", "observe_training", "prune_in_memory"])
+@pytest.mark.parametrize("example", ["stages", "observe_training", "train_with_callback", "prune_in_memory"])
 def test_examples_run(example: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every example of the Python API runs as it is shown."""
     monkeypatch.setattr(sys, "argv", [example, str(tmp_path / "out")])

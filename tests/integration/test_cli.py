@@ -126,6 +126,25 @@ def test_merged_statistics_count_everything(run: Run, base: Path, statistics: Pa
     assert found["domains"] == ["code", "prose"]
 
 
+def test_collections_say_how_far_their_halves_agree(run: Run, base: Path, ids_file: Path) -> None:
+    """As a line for people and a key for scripts; the plan has it for its own strategy and choice."""
+    given = ["collect", base, "--calibration", ids_file, "-o", "s.safetensors"]
+    found = run(*given, "--json").result["stability"]
+    assert found["strategy"] == "gated-norm"
+    assert found["layers"].keys() == {"0", "2"}
+    assert found["lowest"] == min(layer["rank"] for layer in found["layers"].values())
+    line = run(*given, "--overwrite").out.splitlines()[1]
+    assert line.startswith("gated-norm: the two halves of the calibration data rank the experts")
+    assert f"with a correlation of {found['median']:.2f} (" in line
+    planned = run("plan", "s.safetensors", base, "--ratio", "0.5", "--dry-run", "--strategy", "gated-norm", "--json")
+    layers = planned.result["stability"]["layers"]
+    assert {layer: values["rank"] for layer, values in layers.items()} == {
+        layer: values["rank"] for layer, values in found["layers"].items()
+    }
+    assert all(0 <= values["agree"] <= 1 for values in layers.values())
+    assert run("collect", base, "-o", "nothing", "--json").result["stability"] is None
+
+
 def test_calibration_options_reach_the_data(run: Run, base: Path, ids_file: Path) -> None:
     """Rows, length, packing, label and seed are those of the command line, and are in the file."""
     given = ["--num-samples", "6", "--max-length", "10", "--shuffle", "--seed", "5", "--batch-tokens", "64"]

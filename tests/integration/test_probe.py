@@ -14,6 +14,7 @@ import pytest
 
 import moeprune
 from moeprune.architectures import ARCHITECTURES
+from moeprune.collectors.sums import LayerSums
 from moeprune.errors import ConfigError, MoePruneError, StaleArtifactError, UnsupportedModelError
 from moeprune.experts import NAME
 from moeprune.statistics import STATISTICS
@@ -511,3 +512,205 @@ def test_statistics_without_a_folder_must_be_bound(model_of: ModelOf, checkpoint
             continue
         with pytest.raises(StaleArtifactError, match="like=FOLDER"):
             moeprune.plan(observation.result(), base, ratio=0.5)
+
+
+# --- halves of the data -----------------------------------------------------------------------------------------------
+
+
+def check_halves(found: moeprune.RouterStatistics, halves: Sequence[Sums], domain: int = 0) -> None:
+    """The first half holds the first sums, and what the second half adds are the second."""
+    first, second = (dataclasses.replace(found, layers=part.layers) for part in found.halves())
+    for part, expected in zip((first, second), halves, strict=True):
+        sums = {name for name, statistic in STATISTICS.items() if statistic.merge == "sum"}
+        for layer, arrays in expected.items():
+            for name in sums:
+                scale = np.abs(arrays[name]).max()
+                np.testing.assert_allclose(
+                    part.layers[layer][name][domain], arrays[name], rtol=1e-5, atol=1e-5 * scale, err_msg=name
+                )
+    peaks = {layer: arrays["max_abs_down"] for layer, arrays in halves[0].items()}
+    for layer, peak in peaks.items():
+        np.testing.assert_allclose(found.first_half[layer]["max_abs_down"][domain], peak, rtol=1e-5)
+
+
+def test_named_halves_are_kept_apart(model_of: ModelOf) -> None:
+    """Each batch goes to the half that it names, whatever their order, and the total holds both."""
+    import torch
+
+    model = model_of("deepseek_v3")
+    batches = [batch_of("left", seed=seed) for seed in range(3)]
+    with moeprune.observe(model) as observation, torch.no_grad():
+        for batch, half in zip(batches, (1, 0, 1), strict=True):
+            with observation.batch("prose", half):
+                model(**batch)
+    result = observation.result()
+    check_sums(result, by_hand(model, batches)[0])
+    check_halves(result, [by_hand(model, batches[1:2])[0], by_hand(model, [batches[0], batches[2]])[0]])
+    with pytest.raises(ConfigError, match="no half 2"), observation.batch("prose", 2):
+        pass
+
+
+def test_halves_take_turns_in_each_domain(model_of: ModelOf) -> None:
+    """In a loop that names no halves the forward passes of a domain alternate, also when domains do."""
+    import torch
+
+    model = model_of("qwen3_moe")
+    batches = [batch_of("right", seed=seed) for seed in range(6)]
+    with moeprune.observe(model, domain="a") as observation, torch.no_grad():
+        for number, batch in enumerate(batches):
+            with observation.domain("ab"[number % 2]):
+                model(**batch)
+    result = observation.result()
+    for domain in (0, 1):
+        own = batches[domain::2]
+        check_halves(result, [by_hand(model, own[::2])[0], by_hand(model, own[1::2])[0]], domain)
+
+
+def test_a_cache_does_not_change_the_half(model_of: ModelOf) -> None:
+    """Generation is one turn, however many forward passes it takes: its tokens belong together."""
+    import torch
+
+    model, prompt = model_of("qwen3_moe"), batch_of()
+    with moeprune.observe(model) as observation, torch.no_grad():
+        model.generate(**prompt, max_new_tokens=4, do_sample=False, eos_token_id=None, pad_token_id=0)
+        model(**prompt)
+    result = observation.result()
+    assert result.first_half[0]["tokens"].tolist() == [39]
+    assert result.layers[0]["tokens"].tolist() == [69]
+
+
+# --- some layers, one at a time ---------------------------------------------------------------------------------------
+
+
+def test_layers_are_taken_one_by_one(model_of: ModelOf) -> None:
+    """The sums of a layer come in the order of the announced domains, and the observation forgets them."""
+    import torch
+
+    model = model_of("qwen3_moe")
+    batches = {name: batch_of("left", seed=seed) for seed, name in enumerate(("prose", "code"))}
+    with moeprune.observe(model, domains=("code", "maths", "prose")) as observation, torch.no_grad():
+        for name, batch in batches.items():
+            with observation.batch(name, 1):
+                model(**batch)
+    whole = observation.result()
+    assert whole.domains == ("code", "maths", "prose")
+    taken = {layer: observation.take(layer) for layer in (2, 0)}
+    with pytest.raises(ConfigError, match="no token was observed"):
+        observation.result()
+    assert not observation.take(0).total["count"].any()
+    for layer, arrays in taken.items():
+        assert arrays.total["count"][1].sum() == 0 < arrays.total["count"][0].sum()
+        assert not any(array.any() for array in arrays.first_half.values())
+        for name, array in arrays.total.items():
+            np.testing.assert_array_equal(array, whole.layers[layer][name], strict=True)
+    for domain, name in ((0, "code"), (2, "prose")):
+        check_sums(whole, by_hand(model, [batches[name]])[0], domain=domain)
+
+
+def test_a_layer_that_was_taken_is_missing_from_the_result(model_of: ModelOf) -> None:
+    """Nobody gets statistics with a layer of zeros."""
+    import torch
+
+    model = model_of("qwen3_moe")
+    with moeprune.observe(model) as observation, torch.no_grad():
+        model(**batch_of())
+    observation.take(2)
+    with pytest.raises(MoePruneError, match="did not see the same tokens"):
+        observation.result()
+
+
+def test_only_chosen_layers_are_observed(model_of: ModelOf) -> None:
+    """The others run as ever, and slices together are the whole."""
+    import torch
+
+    model = model_of("glm4_moe")
+    expected, logits = by_hand(model, [batch_of("left")])
+    parts = []
+    for layers in ((2,), (1,)):
+        with moeprune.observe(model, layers=layers) as observation, torch.no_grad():
+            found = model(**batch_of("left")).logits
+        assert relative_error(found, logits[0]) < 1e-5
+        part = observation.result(inputs={"calibration": "c"})
+        assert list(part.layers) == list(layers)
+        parts.append(part)
+    check_sums(parts[0].merge(parts[1]), expected)
+
+
+def test_observations_of_other_layers_nest(model_of: ModelOf) -> None:
+    """Each sees its own layers, and the model's own implementation runs below both."""
+    import torch
+
+    model = model_of("glm4_moe")
+    expected, _ = by_hand(model, [batch_of("left")])
+    with moeprune.observe(model, layers=(1,)) as outer, moeprune.observe(model, layers=(2,)) as inner, torch.no_grad():
+        model(**batch_of("left"))
+    check_sums(outer.result(), {1: expected[1]})
+    check_sums(inner.result(), {2: expected[2]})
+
+
+@pytest.mark.parametrize(
+    ("layers", "why"), [((0, 7), "layer 0 has no experts to observe .*: 1, 2"), ((), "no layer is to be observed")]
+)
+def test_layers_that_cannot_be_observed(layers: tuple[int, ...], why: str, model_of: ModelOf) -> None:
+    """A dense layer, or none at all, is refused with those that there are."""
+    with pytest.raises(ConfigError, match=why), moeprune.observe(model_of("glm4_moe"), layers=layers):
+        pass
+
+
+def test_domains_that_were_not_announced_are_refused(model_of: ModelOf) -> None:
+    """Once the order of the domains is fixed, another one is a slip."""
+    import torch
+
+    model = model_of("qwen3_moe")
+    with (
+        pytest.raises(ConfigError, match=r"domain 'cod' was not announced .*'code'"),
+        moeprune.observe(model, domains=("code", "prose")) as observation,
+        observation.domain("cod"),
+        torch.no_grad(),
+    ):
+        model(**batch_of())
+
+
+# --- slices of the tokens ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("padding", ["none", "left"])
+@pytest.mark.parametrize("model_type", ["qwen3_moe", "deepseek_v3", "gpt_oss"])
+def test_slices_of_the_tokens_change_nothing(
+    model_type: str, padding: str, model_of: ModelOf, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Few (token, slot) pairs run at a time, the sums and logits are the same, and no slice is larger."""
+    import torch
+
+    model = model_of(model_type)
+    expected, logits = by_hand(model, [batch_of(padding)])
+    runs: list[int] = []
+    add_slots = LayerSums.add_slots
+
+    def count(sums: LayerSums, outputs: torch.Tensor, *given: Any) -> None:
+        runs.append(len(outputs))
+        add_slots(sums, outputs, *given)
+
+    monkeypatch.setattr(LayerSums, "add_slots", count)
+    with moeprune.observe(model) as observation, torch.no_grad():
+        observation.slot_rows = 14  # four tokens of top-3
+        found = model(**batch_of(padding)).logits
+    assert runs == [4, 4, 4, 4, 4, 4, 4, 2] * len(expected)
+    check_sums(observation.result(), expected)
+    assert relative_error(found, logits[0]) < 1e-5
+
+
+def test_slices_are_trained_through(model_of: ModelOf) -> None:
+    """Gradients of a step that ran in slices of one token are those of the unobserved model."""
+    import torch
+
+    model = copy.deepcopy(model_of("qwen3_moe")).train()
+    batches = [batch_of("right", rows=2, length=5)]
+    plain = train(model, batches)
+    with moeprune.observe(model) as observation:
+        observation.slot_rows = 1
+        observed = train(model, batches)
+    check_sums(observation.result(), by_hand(model, batches)[0])
+    assert observed.keys() == plain.keys()
+    for name, gradient in plain.items():
+        torch.testing.assert_close(observed[name], gradient, rtol=1e-4, atol=1e-6, msg=name)

@@ -16,7 +16,7 @@ from moeprune.checkpoint import INDEX, open_checkpoint
 from moeprune.errors import CheckpointError, ConfigError, PlanError, StaleArtifactError, StrategyError
 from moeprune.rewrite import copying, shards
 from moeprune.rewrite.drop import apply_drop
-from moeprune.statistics import STATISTICS
+from moeprune.statistics import STATISTICS, merge_statistics
 
 CheckpointOf = Callable[..., Path]
 BATCH = {"batch_tokens": 128}  # several batches per domain
@@ -135,6 +135,30 @@ def test_two_halves_make_a_whole(model_type: str, checkpoint_of: CheckpointOf, i
             == moeprune.plan(whole, base, ratio=0.5).layers[2].keep
         )
     assert all(0 < part.tokens < whole.tokens for part in parts)
+
+
+@pytest.mark.parametrize("stream", [False, True], ids=["in memory", "streamed"])
+def test_slices_of_layers_make_a_whole(
+    stream: bool, checkpoint_of: CheckpointOf, ids_file: Path, tmp_path: Path
+) -> None:
+    """A slice of the layers is no basis for a plan; slices put together are, as if all had been collected at once."""
+    base = checkpoint_of("deepseek_v3")
+    given = {"calibration": str(ids_file), "stream": stream, **BATCH}
+    files = [tmp_path / "second", tmp_path / "first"]
+    slices = [
+        moeprune.collect(base, file, layers=layers, **given) for file, layers in zip(files, [(2,), (1,)], strict=True)
+    ]
+    with pytest.raises(StaleArtifactError, match=r"lack layers 1 .*stats merge"):
+        moeprune.plan(slices[0], base, ratio=0.5)
+    merged = merge_statistics(map(moeprune.RouterStatistics.load, files))
+    whole = moeprune.collect(base, calibration=str(ids_file), stream=stream, **BATCH)
+    check_arrays(merged, whole)
+    assert (merged.provenance, merged.inputs) == (whole.provenance, whole.inputs)
+    first, second = (moeprune.plan(one, base, ratio=0.5) for one in (merged, whole))
+    assert {layer: one.keep for layer, one in first.layers.items()} == {
+        layer: one.keep for layer, one in second.layers.items()
+    }
+    assert first.stability == second.stability
 
 
 def test_batches_do_not_matter(checkpoint_of: CheckpointOf, ids_file: Path) -> None:

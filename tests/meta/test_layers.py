@@ -22,7 +22,7 @@ LAYERS = (
     {"statistics", "plans", "architectures", "headers"},
     {"strategies", "checkpoint", "experts"},
     {"streaming"},
-    {"calibration", "collectors", "rewrite", "runtime", "evaluation", "engines"},
+    {"calibration", "collectors", "rewrite", "runtime", "evaluation", "engines", "stability"},
     {"planner", "_options"},
     {"collecting"},
     {"pipeline"},

@@ -44,6 +44,7 @@ NAMES = [
     "prune",
     "prune_model",
     "save_model",
+    "statistics_callback",
     "verify",
 ]
 FUNCTIONS = [name for name in NAMES if name[0].islower()]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -151,6 +152,96 @@ def test_domain_weights_decide(checkpoint: Checkpoint) -> None:
         make_plan(checkpoint, statistics, wanted(weights={"prosa": 1.0}))
 
 
+# --- two halves of the data -----------------------------------------------------------------------------------------
+
+
+def halved(statistics: RouterStatistics, *first_half: NDArray[Any]) -> RouterStatistics:
+    """The statistics with, by layer, what the first half of the data saw of each expert: counts [E]."""
+    halves = {
+        layer: dict(values) | {"count": counts[None], "tokens": counts[None].sum(axis=1) // TOP_K}
+        for (layer, values), counts in zip(statistics.layers.items(), first_half, strict=True)
+    }
+    return dataclasses.replace(statistics, first_half=halves)
+
+
+RISING = 50 * (1 + np.arange(E))  # half of what statistics_of counts
+
+
+def test_plans_say_how_stable_their_scores_are(checkpoint: Checkpoint) -> None:
+    """By layer the rank correlation of the halves and the share of kept experts on which they agree."""
+    swapped = RISING.copy()
+    swapped[[0, -1]] = 10, 325  # the second half counts 90 of the first expert and 1275 of the last
+    plan = make_plan(checkpoint, halved(statistics_of(checkpoint), RISING, swapped), wanted(guard=False))
+    assert plan.stability["layers"]["0"] == {"rank": 1.0, "agree": 1.0}
+    second = 2 * RISING - swapped
+    ranks = [np.argsort(np.argsort(one)) for one in (swapped, second)]
+    expected = 1 - 6 * ((ranks[0] - ranks[1]) ** 2).sum() / (E**3 - E)
+    keeps = [set(np.argsort(-one)[:8].tolist()) for one in (swapped, second)]
+    assert plan.stability["layers"]["1"] == {
+        "rank": round(float(expected), 4),
+        "agree": len(keeps[0] & keeps[1]) / 8,
+    }
+    assert plan.stability["lowest"] == plan.stability["layers"]["1"]["rank"]
+    assert plan.to_dict()["stability"] == plan.stability
+    assert plan.notes == []
+
+
+def test_scores_that_other_data_might_change_are_a_note(checkpoint: Checkpoint) -> None:
+    """With the median correlation, the worst layer and the samples that Spearman and Brown ask for."""
+    noisy = RISING + 49 * np.resize([1, -1], E) * (1 + np.arange(E))[::-1] // 4
+    statistics = halved(statistics_of(checkpoint, samples=100), noisy, noisy)
+    plan = make_plan(checkpoint, statistics, wanted())
+    rank = plan.stability["median"]
+    assert 0 < rank < 0.9
+    more = 100 * (19 * (1 - rank) / (2 * rank) - 1)  # R = 2r/(1+r), and 0.95/0.05 (1-R)/R times the data
+    assert len(plan.notes) == 1
+    note = re.fullmatch(
+        r"the two halves of the calibration data rank the experts with a correlation of (\d\.\d+) "
+        r"\(layer 0 the lowest, \1\): add (\d+) samples like these",
+        plan.notes[0],
+    )
+    assert note is not None
+    assert float(note[1]) == round(rank, 2)
+    assert int(note[2]) == pytest.approx(more, abs=1)
+
+
+def test_halves_that_contradict_each_other_get_a_bound(checkpoint: Checkpoint) -> None:
+    """Nothing follows from a negative correlation but that much more data is needed."""
+    upside_down = 99 * (1 + np.arange(E))
+    upside_down[8:] = 1
+    statistics = halved(statistics_of(checkpoint), upside_down, upside_down)
+    [note] = make_plan(checkpoint, statistics, wanted()).notes
+    assert re.search(r"add at least [\d,]+ tokens", note)
+
+
+def test_plans_without_halves_say_nothing_of_stability(checkpoint: Checkpoint) -> None:
+    """Statistics without halves, and strategies that need no data, have no stability."""
+    without = make_plan(checkpoint, statistics_of(checkpoint), wanted())
+    control = make_plan(checkpoint, halved(statistics_of(checkpoint), RISING, RISING), wanted(strategy="random"))
+    for plan in (without, control):
+        assert plan.stability == {}
+        assert "stability" not in plan.to_dict()
+
+
+def test_groups_and_protection_hold_for_the_halves_too(tmp_path: Path) -> None:
+    """Each half chooses under the rules of the plan: equal counts per group, and the protected stay."""
+    checkpoint = write_checkpoint(tmp_path / "base", GROUPED)
+    statistics = halved(statistics_of(checkpoint), RISING, RISING[::-1])
+    protect = {1: frozenset({0, 4, 8, 12})}
+    plan = make_plan(checkpoint, statistics, wanted(protect=protect, guard=False))
+    second = 2 * RISING - RISING[::-1]
+    keeps = [
+        {4 * group for group in range(4)}
+        | {4 * group + 1 + int(one[4 * group + 1 : 4 * group + 4].argmax()) for group in range(4)}
+        for one in (RISING[::-1], second)
+    ]
+    assert plan.stability["layers"]["1"]["agree"] == len(keeps[0] & keeps[1]) / 8 == 0.5
+    assert plan.stability["layers"]["0"]["agree"] == 1.0
+
+
+# --- the same again -------------------------------------------------------------------------------------------------
+
+
 def test_equal_inputs_give_equal_plans(checkpoint: Checkpoint) -> None:
     """The same seed gives the same plan, another seed another one."""
     statistics = statistics_of(checkpoint)
@@ -201,9 +292,9 @@ def test_statistics_of_another_model_are_refused(checkpoint: Checkpoint, tmp_pat
 
 
 def test_statistics_without_a_layer_are_refused(checkpoint: Checkpoint) -> None:
-    """A layer that was not observed cannot be planned."""
+    """A slice of the layers cannot be planned, and the hint says how to make it whole."""
     whole = statistics_of(checkpoint)
-    with pytest.raises(StaleArtifactError, match=r"lack layers \[1\]"):
+    with pytest.raises(StaleArtifactError, match=r"lack layers 1 .*`moeprune stats merge`"):
         make_plan(checkpoint, dataclasses.replace(whole, layers={0: whole.layers[0]}), wanted())
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import itertools
 import json
 import os
 import sys
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     import torch
 
 T = TypeVar("T")
+_MEETINGS = itertools.count()
 _MEETING = timedelta(minutes=10)  # for all processes to start
 _WAITING = timedelta(hours=6)  # of the fastest for the slowest: those that died are noticed at once
 _LAUNCH = "start the processes with `accelerate launch` or `torchrun`, or unset WORLD_SIZE"
@@ -142,6 +144,7 @@ def _meeting(ranks: Ranks) -> Iterator[None]:
     import torch.distributed as dist
     from torch.distributed.rendezvous import rendezvous
 
+    key = f"moeprune/{next(_MEETINGS)}"  # a launcher's store outlives the group
     with contextlib.ExitStack() as undo:
         try:
             store, _, _ = next(rendezvous("env://", ranks.rank, ranks.size, timeout=_MEETING))
@@ -151,8 +154,8 @@ def _meeting(ranks: Ranks) -> Iterator[None]:
                 ranks.rank,
                 ranks.size,
                 os.environ["MASTER_ADDR"],
-                tell=lambda invitation: store.set("lifeline", invitation.hex()),
-                ask=lambda: bytes.fromhex(store.get("lifeline").decode()),
+                tell=lambda invitation: store.set(key, invitation.hex()),
+                ask=lambda: bytes.fromhex(store.get(key).decode()),
                 timeout=_MEETING,
             )
             undo.enter_context(line)

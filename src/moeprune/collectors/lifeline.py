@@ -61,18 +61,24 @@ class Lifeline:
             if self.interrupts:  # also a main thread that sleeps in a system call
                 signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGTERM)
 
-    def leave(self) -> None:
-        """Say goodbye, and wait for that of the others.
+    def leave(self, *, last: bool) -> None:
+        """Say goodbye and wait for that of the others; who is ``last`` answers when all have said it.
 
         Raises:
             MoePruneError: another process died before.
         """
-        with contextlib.suppress(OSError):  # then the watcher sees it too
-            for peer in self._peers:
-                peer.sendall(_GOODBYE)
+        if not last:
+            self._say_goodbye()
         self._watcher.join()
         if self._lost.is_set():
             raise process_lost()
+        if last:
+            self._say_goodbye()
+
+    def _say_goodbye(self) -> None:
+        with contextlib.suppress(OSError):  # to one that died, which the watcher sees too
+            for peer in self._peers:
+                peer.sendall(_GOODBYE)
 
     def cut(self) -> None:
         """End the connections without goodbye: the others shall stop."""
@@ -152,7 +158,7 @@ def lifeline(
     with _ending_with_an_error(line):
         try:
             yield line
-            line.leave()
+            line.leave(last=rank == 0)
         finally:
             line.cut()
 
