@@ -24,7 +24,6 @@ from moeprune.streaming.quantised import Scheme, scheme_of
 
 if TYPE_CHECKING:
     import torch
-    from torch import nn
     from transformers import PreTrainedModel
 
 EMBEDDING, HEAD = -1, -2  # beside the decoder layers: what stands before them, and the last norm and the head
@@ -46,6 +45,8 @@ class Weights:
         self.depth = depth
         self._pieces = _with_ends(model, pieces_of(checkpoint, model, self.experts, self.scheme, depth=depth))
         self._dtypes = self._planned_dtypes()
+        # By the name that each has now: layers change their places in the model while one of them runs.
+        self._owners = {name: model.get_submodule(name.rpartition(".")[0]) for name in self._dtypes}
         self._free: dict[tuple[Any, ...], list[torch.Tensor]] = {}
         self._move_buffers()
 
@@ -95,8 +96,17 @@ class Weights:
         return self._value(name).numel() * self._dtypes[name].itemsize
 
     def _value(self, name: str) -> torch.Tensor:
-        value: torch.Tensor = _owner(self.model, name)[name.rpartition(".")[2]]
+        value: torch.Tensor = self._holder(name)[name.rpartition(".")[2]]
         return value
+
+    def _holder(self, name: str) -> dict[str, Any]:
+        """The dictionary of a module that holds the parameter or buffer; setattr would refuse another device."""
+        owner = self._owners[name]
+        held: dict[str, Any] = owner._buffers if self._is_buffer(name) else owner._parameters  # noqa: SLF001
+        return held
+
+    def _is_buffer(self, name: str) -> bool:
+        return name.rpartition(".")[2] in self._owners[name]._buffers  # noqa: SLF001
 
     # --- filling ------------------------------------------------------------------------------------------------------
 
@@ -174,16 +184,15 @@ class Weights:
 
     def _recycle(self, name: str) -> None:
         value = self._value(name)
-        if not value.is_meta and not _is_buffer(self.model, name):
+        if not value.is_meta and not self._is_buffer(name):
             self._free.setdefault(self._key(name), []).append(value.detach())
             self._place(name, value.detach().to("meta"))
 
     def _place(self, name: str, value: torch.Tensor) -> None:
         import torch
 
-        holder, leaf = _owner(self.model, name), name.rpartition(".")[2]
-        is_buffer = _is_buffer(self.model, name)
-        holder[leaf] = value if is_buffer else torch.nn.Parameter(value, requires_grad=False)
+        parameter = value if self._is_buffer(name) else torch.nn.Parameter(value, requires_grad=False)
+        self._holder(name)[name.rpartition(".")[2]] = parameter
 
 
 def _with_ends(model: PreTrainedModel, pieces: dict[int, list[Piece]]) -> dict[int, list[Piece]]:
@@ -209,18 +218,6 @@ def _with_ends(model: PreTrainedModel, pieces: dict[int, list[Piece]]) -> dict[i
 
 def _of_experts(piece: Piece) -> bool:
     return piece.expert is not None or piece.stacked
-
-
-def _owner(model: nn.Module, name: str) -> dict[str, Any]:
-    """The dictionary of a module that holds the parameter or buffer of a name."""
-    module, _, leaf = name.rpartition(".")
-    owner = model.get_submodule(module)
-    return owner._buffers if leaf in owner._buffers else owner._parameters  # noqa: SLF001
-
-
-def _is_buffer(model: nn.Module, name: str) -> bool:
-    module, _, leaf = name.rpartition(".")
-    return leaf in model.get_submodule(module)._buffers  # noqa: SLF001 - setattr would refuse another dtype
 
 
 # --- reading --------------------------------------------------------------------------------------------------------
