@@ -7,13 +7,15 @@ One model (the layer shapes of Qwen3-30B-A3B: hidden 2048, 128 experts of 768, t
 weights in bfloat16), the same batches of the same tokens, one process per way, a warm cache. Seconds count from the
 first read of the model to the finished statistics, or to a model that is pruned in memory for llm-compressor, which has
 no other result; memory is the peak of anonymous memory above what the process held after its imports, and the peak of
-all resident memory. llm-compressor runs three times over:
+all resident memory. llm-compressor runs in three ways:
 
     by its example    as its own REAP example does: from_pretrained, experts see the tokens that are routed to them
-    leanest           loaded into the layout that it works on, and every layer run once instead of twice
+    leanest           loaded into the layout that it works on; every layer runs once; the causal mask is given to it
     by default        as oneshot() does when nothing else is said: every expert sees every token
 
-Only the leanest way scores the unpruned model, as moeprune does; the others score each layer behind pruned ones.
+Only the leanest way scores the model that moeprune scores: the others score each layer behind layers that are pruned
+already. They also attend to later tokens, since no causal mask reaches the attention in what llm-compressor traces
+(0.14.0.1 with transformers 5.17). `--dtype float32` compares the scores without the rounding of bfloat16.
 
 Targets: at most 1.25 times the seconds of the forward passes; at least 5 times as fast as llm-compressor by its
 example; streamed, at most a quarter of its memory.
@@ -22,6 +24,7 @@ example; streamed, at most a quarter of its memory.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib.metadata
 import json
 import os
@@ -30,7 +33,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -39,11 +41,11 @@ from stream import build, status, watched_peak, write_ids
 FORWARD_TARGET, SPEED_TARGET, MEMORY_TARGET = 1.25, 5.0, 0.25
 FORWARD, RESIDENT, STREAMED = "plain forward passes", "moeprune collect", "moeprune collect --stream"
 PEERS = {
-    "llm-compressor, by its example": {"lean": False, "moe_calibrate_all_experts": False},
-    "llm-compressor, leanest": {"lean": True, "moe_calibrate_all_experts": False, "propagate_error": False},
-    "llm-compressor, by default": {"lean": False},
+    "llm-compressor, by its example": {"moe_calibrate_all_experts": False},
+    "llm-compressor, leanest": {"moe_calibrate_all_experts": False, "propagate_error": False},
+    "llm-compressor, by default": {},
 }
-EXAMPLE = next(iter(PEERS))
+EXAMPLE, LEANEST, _ = PEERS
 RATIO = 0.5
 Found = dict[str, Any]  # seconds, anonymous, resident; what a way kept, by layer
 Work = Callable[[], Found]
@@ -61,7 +63,7 @@ def plain(options: argparse.Namespace) -> Work:
     assert qwen3_moe  # imported before the idle process is weighed
 
     def work() -> Found:
-        model = AutoModelForCausalLM.from_pretrained(options.model, dtype="auto").eval()
+        model = AutoModelForCausalLM.from_pretrained(options.model, dtype=options.dtype).eval()
         with torch.inference_mode():
             for batch in batches_of(options):
                 model(**batch, use_cache=False, logits_to_keep=1)
@@ -80,10 +82,10 @@ def moeprune(options: argparse.Namespace) -> Work:
     from moeprune.collectors import resident, stream
 
     assert all((accelerate, datasets, qwen3_moe, resident, stream))
-    given = {"calibration": str(options.ids), "batch_tokens": options.batch_tokens, "device": "cpu"}
+    given = {"calibration": str(options.ids), "batch_tokens": options.batch_tokens, "dtype": options.dtype}
 
     def work() -> Found:
-        collect(options.model, options.output, overwrite=True, stream=options.way == STREAMED, **given)
+        collect(options.model, options.output, overwrite=True, device="cpu", stream=options.way == STREAMED, **given)
         return {}
 
     return work
@@ -99,15 +101,19 @@ def peer(options: argparse.Namespace) -> Work:
     from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
     assert qwen3_moe
-    given: dict[str, Any] = dict(PEERS[options.way])
-    loading = load_quantizable_moe if given.pop("lean") else no_context
+    leanest = options.way == LEANEST
+    loading = load_quantizable_moe if leanest else contextlib.nullcontext
+    for name in [name for name in sys.modules if ".image_processing_" in name]:
+        del sys.modules[name]  # aliases that the loader looks into, and that fail where there is no torchvision
 
     def work() -> Found:
         with loading(), recorded_saliencies() as saliencies:
-            model = AutoModelForCausalLM.from_pretrained(options.model, dtype="auto")
-            data = torch.utils.data.DataLoader(batches_of(options), batch_size=None)
+            model = AutoModelForCausalLM.from_pretrained(options.model, dtype=options.dtype)
+            batches = batches_of(options, causal=model.dtype if leanest else None)
+            data = torch.utils.data.DataLoader(batches, batch_size=None)
             recipe = REAPPruningModifier(sparsity=RATIO, report_path=str(options.output))
             # Token ids need no tokenizer, and something has to stand in its place.
+            given = PEERS[options.way]
             oneshot(model=model, processor=PreTrainedTokenizerFast, dataset=data, recipe=recipe, **given)
         assert model.config.num_experts == len(next(iter(kept_by(options.output).values())))
         return {"saliencies": saliencies}
@@ -115,13 +121,7 @@ def peer(options: argparse.Namespace) -> Work:
     return work
 
 
-@contextmanager
-def no_context() -> Iterator[None]:
-    """Loading as transformers does it."""
-    yield
-
-
-@contextmanager
+@contextlib.contextmanager
 def recorded_saliencies() -> Iterator[list[list[float]]]:
     """The scores by which llm-compressor chooses, layer after layer: its report has the choice alone."""
     from llmcompressor.modifiers.pruning.reap.utils import REAPSaliencyTracker
@@ -139,12 +139,19 @@ def recorded_saliencies() -> Iterator[list[list[float]]]:
         REAPSaliencyTracker.compute_retained_experts = original
 
 
-def batches_of(options: argparse.Namespace) -> list[dict[str, Any]]:
-    """The batches that moeprune makes of the tokens; none of them needs padding."""
+def batches_of(options: argparse.Namespace, *, causal: Any = None) -> list[dict[str, Any]]:
+    """The batches that moeprune makes of the tokens, without padding; with a causal mask of some dtype to add."""
     import torch
 
-    rows = [torch.tensor(batch) for batch in json.loads(options.batches.read_text())]
-    return [{"input_ids": ids, "attention_mask": torch.ones_like(ids)} for ids in rows]
+    batches = []
+    for rows in json.loads(options.batches.read_text()):
+        ids = torch.tensor(rows)
+        mask = torch.ones_like(ids)
+        if causal is not None:
+            least = torch.finfo(causal).min
+            mask = torch.full((len(ids), 1, *2 * ids.shape[1:]), least, dtype=causal).triu(1)
+        batches.append({"input_ids": ids, "attention_mask": mask})
+    return batches
 
 
 def run_way(options: argparse.Namespace) -> None:
@@ -173,6 +180,7 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=8)
     parser.add_argument("--length", type=int, default=512)
     parser.add_argument("--batch-tokens", type=int, default=2048)
+    parser.add_argument("--dtype", default="auto")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=1)
     parser.add_argument("--small", action="store_true", help="an eighth of the width, for a quick look")
@@ -209,7 +217,7 @@ def child(options: argparse.Namespace, way: str) -> Found:
     """One measurement."""
     python = options.peer_python if way in PEERS else sys.executable
     command = [str(python), __file__, "--way", way, "--output", str(output_of(options, way))]
-    for name in ("model", "ids", "batches", "batch_tokens", "threads"):
+    for name in ("model", "ids", "batches", "batch_tokens", "dtype", "threads"):
         command += [f"--{name.replace('_', '-')}", str(getattr(options, name))]
     environment = os.environ | {"MALLOC_ARENA_MAX": "2", "OMP_NUM_THREADS": str(options.threads)}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)

@@ -29,17 +29,20 @@ if TYPE_CHECKING:
     from moeprune.errors import StrategyError as StrategyError
     from moeprune.errors import UnsupportedModelError as UnsupportedModelError
     from moeprune.evaluation.compare import EvalReport as EvalReport
+    from moeprune.evaluation.text import TextReport as TextReport
     from moeprune.oneshot import prune as prune
     from moeprune.pipeline import apply as apply
     from moeprune.pipeline import collect as collect
     from moeprune.pipeline import compare as compare
     from moeprune.pipeline import evaluate as evaluate
+    from moeprune.pipeline import forecast as forecast
     from moeprune.pipeline import plan as plan
     from moeprune.pipeline import verify as verify
     from moeprune.plans import Budget as Budget
     from moeprune.plans import PruningPlan as PruningPlan
     from moeprune.runtime.surgery import prune_model as prune_model
     from moeprune.runtime.surgery import save_model as save_model
+    from moeprune.scoring import evaluate_text as evaluate_text
     from moeprune.statistics import RouterStatistics as RouterStatistics
 
 _HOMES = {
@@ -61,10 +64,12 @@ _HOMES = {
         "UnsupportedModelError",
     ),
     "evaluation.compare": ("EvalReport",),
+    "evaluation.text": ("TextReport",),
     "oneshot": ("prune",),
-    "pipeline": ("apply", "collect", "compare", "evaluate", "plan", "verify"),
+    "pipeline": ("apply", "collect", "compare", "evaluate", "forecast", "plan", "verify"),
     "plans": ("Budget", "PruningPlan"),
     "runtime.surgery": ("prune_model", "save_model"),
+    "scoring": ("evaluate_text",),
     "statistics": ("RouterStatistics",),
 }
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names}

@@ -98,6 +98,17 @@ DeviceMemory = Annotated[
 Layers = Annotated[
     str, typer.Option("--layers", metavar="L,L-L,...", help="Collect a slice of the decoder layers: 0-11,13.")
 ]
+StatisticNames = Annotated[
+    str,
+    typer.Option(
+        "--statistics",
+        metavar="core|all|NAME,...",
+        help="What to measure: statistics, or strategies that need some.  [default: core]",
+    ),
+]
+Paths = Annotated[
+    int, typer.Option("--paths", metavar="N", help="Sequences per domain for the statistics path_*: the first ones.")
+]
 Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that comes with the model.")]
 
 # --- decisions ------------------------------------------------------------------------------------------------------
@@ -108,6 +119,15 @@ Ratio = Annotated[
 Keep = Annotated[int | None, typer.Option("--keep", metavar="N", help="Exact number of experts to keep in each layer.")]
 StrategyName = Annotated[str | None, typer.Option("--strategy", metavar="NAME", help="See `moeprune strategies`.")]
 Weights = Annotated[str, typer.Option("--weights", metavar="D=W,...", help="Domain weights: code=2,prose=1.")]
+Blend = Annotated[
+    str,
+    typer.Option(
+        "--blend", metavar="sum|maxmin", help="maxmin: weigh domains so that the worst served one keeps the most."
+    ),
+]
+ProtectTop = Annotated[
+    int, typer.Option("--protect-top", metavar="N", help="Keep the N best experts of every domain in each layer.")
+]
 Protect = Annotated[str, typer.Option("--protect", metavar="L:E,...", help="Experts that must stay, by layer.")]
 NoGuard = Annotated[bool, typer.Option("--no-guard", help="Let strategies drop super experts.")]
 Target = Annotated[
@@ -115,6 +135,23 @@ Target = Annotated[
 ]
 RoundTo = Annotated[
     int, typer.Option("--round-to", metavar="N", help="Make the kept count a multiple of this, rounding up.")
+]
+BudgetName = Annotated[
+    str,
+    typer.Option(
+        "--budget",
+        metavar="NAME[:K=V,...]",
+        help="Shares experts out over layers: uniform, global, laep[:alpha=A,beta=B], coverage[:fraction=F].",
+    ),
+]
+NonUniform = Annotated[
+    bool, typer.Option("--allow-non-uniform", help="Let layers keep different numbers: only transformers loads that.")
+]
+Rearrange = Annotated[
+    int,
+    typer.Option(
+        "--rearrange", metavar="N", help="Order the experts so that N expert-parallel groups carry equal load."
+    ),
 ]
 Mtp = Annotated[
     str, typer.Option("--mtp", metavar="cut|drop", help="MTP layers: cut them like the last layer, or drop them.")
@@ -129,6 +166,14 @@ IncludePath = Annotated[
 Backend = Annotated[str, typer.Option("--model", metavar="hf|vllm|sglang", help="What runs the models.")]
 ModelArgs = Annotated[
     str, typer.Option("--model-args", "--model_args", metavar="K=V,...", help="Backend arguments, or a JSON object.")
+]
+Text = Annotated[
+    list[str],
+    typer.Option(
+        "--text",
+        metavar="[DOMAIN=]SOURCE",
+        help="Repeatable: score plans on this text; sources as for --calibration.",
+    ),
 ]
 BatchSize = Annotated[
     int, typer.Option("--batch-size", "--batch_size", metavar="N", help="Fixed, the same for both models.")

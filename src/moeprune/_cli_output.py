@@ -12,6 +12,7 @@ from moeprune import _files
 if TYPE_CHECKING:
     from moeprune.checkpoint import Checkpoint
     from moeprune.evaluation.compare import EvalReport
+    from moeprune.evaluation.text import TextReport
     from moeprune.oneshot import PruneResult
     from moeprune.plans import PruningPlan
     from moeprune.rewrite.verify import Verification
@@ -47,7 +48,7 @@ def say_notes(notes: Iterable[str]) -> None:
 def render_plan(plan: PruningPlan, *, measured: bool = True) -> str:
     """What a plan decides and means, for people; ``measured`` adds what only the statistics could tell."""
     layers = f"{len(plan.layers)} layer{'s' * (len(plan.layers) != 1)}"
-    lines = [f"{plan.strategy.get('name', 'by hand')}: keep {plan.kept} of {plan.budget.get('of')} experts in {layers}"]
+    lines = [f"{plan.strategy.get('name', 'by hand')}: keep {plan.span} of {plan.budget.get('of')} experts in {layers}"]
     size = plan.size.get("bytes")
     if size:
         before, after = (_files.human_bytes(size[when]) for when in ("before", "after"))
@@ -61,7 +62,16 @@ def render_plan(plan: PruningPlan, *, measured: bool = True) -> str:
     if plan.coverage and measured:
         shares = ", ".join(f"{domain} {100 * share:.0f} %" for domain, share in plan.coverage.items())
         lines.append(f"expert output kept, by norm: {shares}")
+    if plan.balance and measured:
+        lines.append(_render_balance(plan.balance))
     return "\n".join(lines + _engines(plan.engines))
+
+
+def _render_balance(balance: Mapping[str, Any]) -> str:
+    """The layer that was worst, and the one that is."""
+    layers = balance["layers"].values()
+    before, after = (max(layer[when] for layer in layers) for when in ("before", "after"))
+    return f"load of the busiest of {balance['groups']} expert-parallel groups over the mean: {before} -> {after}"
 
 
 def _engines(engines: Mapping[str, Sequence[str]]) -> list[str]:
@@ -113,22 +123,22 @@ def _proof_object(proof: Verification) -> dict[str, Any]:
     return {"tensors": proof.tensors, "bytes": proof.nbytes, "files": proof.files}
 
 
-def print_forecast(expected: Forecast | None, output: Path | None, *, as_json: bool) -> None:
-    """What a collection would take."""
+def print_forecast(expected: Forecast | None, output: Path | None, *, as_json: bool, doing: str = "collecting") -> None:
+    """What a collection, or what else is named, would take."""
     if as_json:
         print_json({"output": str(output), "written": False, "forecast": expected.to_dict() if expected else None})
     else:
-        show(f"{_render_forecast(expected)}\ndry run: nothing was written to {output}")
+        show(f"{_render_forecast(expected, doing)}\ndry run: nothing was written to {output}")
 
 
-def _render_forecast(expected: Forecast | None) -> str:
+def _render_forecast(expected: Forecast | None, doing: str = "collecting") -> str:
     if expected is None:
-        return "collecting: the whole model is loaded"
+        return f"{doing}: the whole model is loaded"
     states = "hidden states in files" if expected.spill else "hidden states in memory"
     size = _files.human_bytes
     how = f"{expected.chunk} experts of a layer at a time" if expected.chunked else "one layer at a time"
     return (
-        f"collecting: {how}, {states}; at most {expected}\n"
+        f"{doing}: {how}, {states}; at most {expected}\n"
         f"  of memory: {size(expected.layer)} of weights, {size(expected.work)} for a batch, "
         f"{size(expected.states)} of hidden states"
     )
@@ -160,17 +170,18 @@ def print_checkpoint(checkpoint: Checkpoint, *, as_json: bool) -> None:
     """What a checkpoint is."""
     from moeprune.errors import ranges
 
-    shape = checkpoint.router
+    shape, own = checkpoint.router, checkpoint.own_counts
     facts = {
         "path": str(checkpoint.path),
         "model_type": checkpoint.spec.model_type,
         "moe_layers": list(checkpoint.moe_layers),
         "mtp_layers": list(checkpoint.mtp_layers),
         "experts": shape.num_experts,
+        **({"own_counts": {str(layer): count for layer, count in own.items()}} if own else {}),
         "top_k": shape.top_k,
         "n_group": shape.n_group,
         "topk_group": shape.topk_group,
-        "smallest_keep": shape.smallest(),
+        "smallest_keep": None if own else shape.smallest(),
         "tensors": len(checkpoint.tensors),
         "bytes": checkpoint.nbytes,
         "fingerprint": checkpoint.fingerprint,
@@ -185,8 +196,8 @@ def print_checkpoint(checkpoint: Checkpoint, *, as_json: bool) -> None:
         "architecture": checkpoint.spec.model_type,
         "MoE layers": ranges(checkpoint.moe_layers),
         "MTP layers": ranges(checkpoint.mtp_layers),
-        "experts": f"{shape.num_experts} per layer{groups}, top-{shape.top_k}",
-        "can keep": f"{shape.smallest()} to {shape.num_experts - shape.n_group}{step}",
+        "experts": f"{checkpoint.span} per layer{groups}, top-{shape.top_k}",
+        "can keep": "all: layers differ" if own else f"{shape.smallest()} to {shape.num_experts - shape.n_group}{step}",
         "size": f"{_files.human_bytes(checkpoint.nbytes)} in {len(checkpoint.tensors):,} tensors",
         "fingerprint": checkpoint.fingerprint,
     }
@@ -204,6 +215,16 @@ def print_report(report: EvalReport, output: Path | None, *, as_json: bool) -> N
         print_json(report.payload())
     else:
         show(render_table(report) + (f"report: {output / 'report.md'}" if output else ""))
+
+
+def print_text_report(report: TextReport, output: Path, *, as_json: bool) -> None:
+    """What plans cost on text, one row per plan."""
+    from moeprune.evaluation.text import render_text_table
+
+    if as_json:
+        print_json(report.payload())
+    else:
+        show(f"{render_text_table(report)}report: {output / 'text.md'}")
 
 
 def print_pruned(result: PruneResult, *, as_json: bool) -> None:
@@ -243,7 +264,7 @@ def _pruned_object(result: PruneResult) -> dict[str, Any]:
 
 def print_strategies(*, as_json: bool) -> None:
     """The strategies by name."""
-    from moeprune.strategies import BUILTIN, DEFAULT
+    from moeprune.strategies import BUILTIN, COLLECTING, DEFAULT
 
     if as_json:
         print_json(
@@ -252,6 +273,8 @@ def print_strategies(*, as_json: bool) -> None:
                     "summary": item.summary,
                     "paper": item.paper,
                     "calibrated": item.calibrated,
+                    "needs": list(item.needs),
+                    "cost": item.cost,
                     "default": name == DEFAULT,
                 }
                 for name, item in BUILTIN.items()
@@ -261,8 +284,10 @@ def print_strategies(*, as_json: bool) -> None:
     for name, item in BUILTIN.items():
         paper = f" (arXiv:{item.paper})" if item.paper else ""
         marks = "  [default]" * (name == DEFAULT) + "  [needs no calibration]" * (not item.calibrated)
-        show(f"{name:<14} {item.summary}{paper}{marks}")
-    show(f"{'S(b,alpha,beta)':<14} any member of the saliency family: S(1,1,1) is reap")
+        show(f"{name:<24} {item.summary}{paper}{marks}")
+        if item.needs and item.cost != COLLECTING:
+            show(f"{'':<24} takes {item.cost}")
+    show(f"{'S(b,alpha,beta)':<24} any member of the saliency family: S(1,1,1) is reap")
 
 
 def print_architectures(*, as_json: bool) -> None:

@@ -257,16 +257,16 @@ def _check_place(target: Path) -> None:
 _BESIDE = 64_000_000  # bytes of tokenizer, index, plan and statistics beside the tensors, generously
 
 
-def check_free_space(path: PathLike, tensor_bytes: int) -> None:
+def check_free_space(path: PathLike, tensor_bytes: int, *, kind: str = "partial") -> None:
     """Refuse when the disk that will hold the folder ``path`` cannot take the tensors and what goes with them.
 
-    What an earlier run left of it counts as free: it is used again or removed.
+    What an earlier run left in the hidden sibling of this kind counts as free: it is used again or removed.
     """
     needed = tensor_bytes + _BESIDE
     folder = Path(path).resolve()
     while not folder.exists():
         folder = folder.parent
-    left = hidden_sibling(path, "partial")
+    left = hidden_sibling(path, kind)
     free = shutil.disk_usage(folder).free + sum(file.stat().st_size for file in left.rglob("*") if file.is_file())
     if free < needed:
         raise ConfigError(

@@ -10,10 +10,14 @@ from pathlib import Path
 from typing import Any
 
 from moeprune.calibration import CalibrationSet, check_vocabulary, load_calibration
+from moeprune.catalogue import BUILTIN as STATISTICS
+from moeprune.catalogue import PATHS, ROWS, find, requested
 from moeprune.checkpoint import Checkpoint
-from moeprune.errors import ConfigError, nearest, ranges
+from moeprune.errors import ConfigError, StrategyError, nearest, ranges
 from moeprune.evaluation.settings import EvalSettings
 from moeprune.plans import Budget
+from moeprune.strategies import BUILTIN as STRATEGIES
+from moeprune.strategies import resolve
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,6 +34,9 @@ class CalibrationOptions:
         stream: run one decoder layer at a time; None does so where the model does not fit.
         memory, device_memory: bytes that a pass layer by layer may use; by default what is free.
         layers: decoder layers to collect; by default all that have experts.
+        statistics: what to measure beyond the core sums: names of statistics, or of strategies that need some;
+            ``all`` is everything.
+        paths: sequences of each domain that are described on their own, where that is asked for: the first ones.
     """
 
     sources: tuple[str, ...] = ()
@@ -46,6 +53,19 @@ class CalibrationOptions:
     memory: int | None = None
     device_memory: int | None = None
     layers: tuple[int, ...] | None = None
+    statistics: tuple[str, ...] = ()
+    paths: int = PATHS
+
+    @property
+    def measured(self) -> tuple[str, ...]:
+        """Statistics to measure beyond the core sums, in the order that files have.
+
+        Raises:
+            ConfigError: a name is neither a statistic nor a strategy, or no sequence is to be described.
+        """
+        if self.paths < 1:
+            raise ConfigError(f"--paths must be at least 1, not {self.paths}", f"the default is {PATHS}")
+        return requested(name for given in several(self.statistics) for name in _statistics_of(given))
 
     def observed(self, checkpoint: Checkpoint) -> tuple[int, ...]:
         """The decoder layers to collect.
@@ -62,7 +82,8 @@ class CalibrationOptions:
         return tuple(sorted(set(self.layers))) if self.layers else checkpoint.moe_layers
 
     def load(self, checkpoint: Checkpoint) -> CalibrationSet:
-        """Read and tokenise the sources."""
+        """Read and tokenise the sources, for a model whose layers are alike."""
+        checkpoint.check_uniform()
         if self.batch_tokens < 1:
             raise ConfigError("--batch-tokens must be at least 1", "the default is 8192")
         data = load_calibration(
@@ -86,11 +107,28 @@ class CalibrationOptions:
             del options[name]  # sources are in the provenance, and how a model runs does not change what is seen
         if self.layers is None:
             del options["layers"]
+        measured = self.measured
+        options["statistics"] = measured
+        if not measured:
+            del options["statistics"]
+        if not {*measured} & ROWS.keys():
+            del options["paths"]
         return {"stage": "collect"} | options
 
 
+def _statistics_of(name: str) -> tuple[str, ...]:
+    """What a name asks for: a statistic itself, a strategy what it needs."""
+    if name in {"core", "all"} or find(name) is not None:
+        return (name,)
+    try:
+        return resolve(name).needs
+    except StrategyError:
+        hint = nearest(name, [*STATISTICS, *STRATEGIES])
+        raise ConfigError(f"--statistics {name!r} is neither a statistic nor a strategy", hint) from None
+
+
 # Fields that the stages' own parameters fill.
-_OWN_PARAMETERS = {"sources", "budget", "strategy", "tasks"}
+_OWN_PARAMETERS = {"sources", "budget", "allocation", "strategy", "tasks"}
 
 
 def several(value: Sequence[str] | str) -> tuple[str, ...]:

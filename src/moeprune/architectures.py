@@ -148,6 +148,7 @@ class MoESpec:
         shared: prefixes inside a layer that look like experts or routers and are neither.
         section: the config's key of the object that describes the language model, where it is nested.
         count_keys: config keys that hold the number of routed experts; all that are present are edited.
+        own_count_key: transformers' name for that number, where it is not the first of the keys.
         top_k_key: config key of the number of experts that a token is routed to.
         group_keys: config keys of the number of groups and of the groups a token may use, or empty.
         is_moe_layer: whether decoder layer i has routed experts, from the config.
@@ -167,6 +168,7 @@ class MoESpec:
     shared: tuple[str, ...] = ()
     section: str = ""
     count_keys: tuple[str, ...]
+    own_count_key: str = ""
     top_k_key: str = "num_experts_per_tok"
     group_keys: tuple[str, str] | tuple[()] = ()
     is_moe_layer: Callable[[Config, int], bool] = _every_layer
@@ -225,6 +227,21 @@ class MoESpec:
         """A key of :meth:`values` as the dotted key of the whole config."""
         return f"{self.section}.{key}" if self.section else key
 
+    @property
+    def layer_count_key(self) -> str:
+        """Key under which ``per_layer_config`` holds the number of one layer's experts."""
+        return self.own_count_key or self.count_keys[0]
+
+    def layer_counts(self, config: Config) -> dict[int, int]:
+        """Numbers of routed experts of the decoder layers that have one of their own; most models have none."""
+        entries = self.values(config).get("per_layer_config") or {}
+        if not isinstance(entries, Mapping) or not all(
+            re.fullmatch("[0-9]{1,9}", layer) and isinstance(own, Mapping) for layer, own in entries.items()
+        ):
+            raise LayoutError("config.json: per_layer_config is not an object of objects by layer")
+        key = self.layer_count_key
+        return {int(layer): read_count(own, key) for layer, own in entries.items() if key in own}
+
     def depth(self, config: Config) -> int:
         """Number of decoder layers."""
         return read_count(self.values(config), "num_hidden_layers")
@@ -245,6 +262,7 @@ _GATE = {"mlp.gate.weight": 0}
 _BIAS = {"mlp.gate.e_score_correction_bias": 0}
 _BLOCK = "block_sparse_moe."
 _SHARED = ("mlp.shared_expert.", "mlp.shared_expert_gate.")
+RENAMED_PREFIX = "model.language_model."  # of a text model inside another one; transformers loads it as ``model.``
 _TOP_LEVEL_MTP = {"mtp": ("mtp.",), "mtp_layers": ("mtp.layers.",)}
 
 
@@ -270,21 +288,21 @@ def _qwen_like(model_type: str, **changes: Any) -> MoESpec:
 ARCHITECTURES: Mapping[str, MoESpec] = {
     spec.model_type: spec
     for spec in (
-        _qwen_like("qwen3_moe", is_moe_layer=_sparse_step),
+        _qwen_like("qwen3_moe", is_moe_layer=_sparse_step, own_count_key="num_local_experts"),
         _qwen_like("qwen2_moe", is_moe_layer=_sparse_step, shared=_SHARED),
         _qwen_like("qwen3_next", is_moe_layer=_sparse_step, shared=_SHARED, **_TOP_LEVEL_MTP),
         _qwen_like(
             "qwen3_5_moe",
             shared=_SHARED,
             section="text_config",
-            layers=("model.language_model.layers.",),
+            layers=(f"{RENAMED_PREFIX}layers.",),
             mtp_key="mtp_num_hidden_layers",
             **_TOP_LEVEL_MTP,
         ),
         _qwen_like(
             "qwen3_5_moe_text",
             shared=_SHARED,
-            layers=("model.layers.", "model.language_model.layers."),
+            layers=("model.layers.", f"{RENAMED_PREFIX}layers."),
             mtp_key="mtp_num_hidden_layers",
             **_TOP_LEVEL_MTP,
         ),

@@ -26,6 +26,7 @@ T = TypeVar("T")
 DEFAULT_DOMAIN = "default"
 Row = Mapping[str, Any]
 Pair = tuple[str, tuple[int, ...]]  # a label and token ids
+Numbered = tuple[int, tuple[int, ...]]  # a row's number and token ids
 _SOURCES = "a .jsonl, .json, .parquet or .txt file, or a data set org/name[/config][@split][#revision]"
 
 
@@ -37,11 +38,13 @@ class Batch:
         domain: label of the rows.
         half: 0 or 1: what each half says on its own tells how far the data can be trusted.
         sequences: token ids by row.
+        rows: the number of each among the rows of the domain.
     """
 
     domain: str
     half: int
     sequences: tuple[tuple[int, ...], ...]
+    rows: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,23 +82,28 @@ class CalibrationSet:
         for domain, ids in zip(self.domains, self.sequences, strict=True):
             by_domain[domain].append(ids)
         return [
-            Batch(domain=domain, half=half, sequences=group)
+            Batch(
+                domain=domain,
+                half=half,
+                sequences=tuple(ids for _, ids in group),
+                rows=tuple(number for number, _ in group),
+            )
             for domain in sorted(by_domain)
             for half in (0, 1)
-            for group in _groups(by_domain[domain][half::2], batch_tokens)
+            for group in _groups([*enumerate(by_domain[domain])][half::2], batch_tokens)
         ]
 
 
-def _groups(rows: Sequence[tuple[int, ...]], batch_tokens: int) -> Iterator[tuple[tuple[int, ...], ...]]:
+def _groups(rows: Sequence[Numbered], batch_tokens: int) -> Iterator[list[Numbered]]:
     """Rows by length, the longest first, cut where one more would not fit."""
-    group: list[tuple[int, ...]] = []
-    for ids in sorted(rows, key=len, reverse=True):  # stable: equal lengths keep their order
-        if group and len(group[0]) * (len(group) + 1) > batch_tokens:
-            yield tuple(group)
+    group: list[Numbered] = []
+    for row in sorted(rows, key=lambda row: len(row[1]), reverse=True):  # stable: equal lengths keep their order
+        if group and len(group[0][1]) * (len(group) + 1) > batch_tokens:
+            yield group
             group = []
-        group.append(ids)
+        group.append(row)
     if group:
-        yield tuple(group)
+        yield group
 
 
 def _row_bytes(domain: str, ids: Sequence[int]) -> bytes:

@@ -8,8 +8,8 @@ from __future__ import annotations
 import hashlib
 import re
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -42,9 +42,10 @@ class Checkpoint:
         spec: names and config keys of its architecture.
         config: the parsed ``config.json``; ``config_text`` is the same file, byte for byte.
         tensors: every tensor by name, in file order; ``roles`` says what each one is.
-        num_experts: routed experts per MoE layer (E).
+        num_experts: routed experts per MoE layer (E); where layers differ, the most that one has.
         top_k: experts per token.
         n_group: expert groups of a group-limited router, 1 without groups; ``topk_group`` of them serve a token.
+        own_counts: experts of the layers that do not have E of them, in a checkpoint whose layers differ.
         moe_layers: decoder layers with routed experts.
         mtp_layers: MTP layers whose tensors are present, numbered on from the last decoder layer.
     """
@@ -62,6 +63,7 @@ class Checkpoint:
     moe_layers: tuple[int, ...]
     mtp_layers: tuple[int, ...]
     shard_metadata: Mapping[str, str]
+    own_counts: Mapping[int, int] = field(default_factory=dict)
 
     @cached_property
     def fingerprint(self) -> str:
@@ -117,9 +119,31 @@ class Checkpoint:
         """Layers that a plan decides on: decoder layers with routed experts, and MTP layers."""
         return self.moe_layers + self.mtp_layers
 
+    @property
+    def fewest(self) -> int:
+        """Experts of the layer that has the fewest."""
+        return min(self.own_counts.values(), default=self.num_experts)
+
+    @property
+    def span(self) -> str:
+        """Experts per MoE layer, for people: ``16``, or ``6 to 16`` where layers differ."""
+        return f"{self.fewest} to {self.num_experts}" if self.own_counts else str(self.num_experts)
+
+    def check_uniform(self) -> None:
+        """Refuse a checkpoint whose layers have different numbers of experts.
+
+        Raises:
+            UnsupportedModelError: it was pruned like that.
+        """
+        if self.own_counts:
+            raise UnsupportedModelError(
+                f"layers of {self.path.name} have different numbers of experts, {self.span}",
+                "it can be loaded, evaluated and verified; to prune further, go back to what it was made from",
+            )
+
     def __str__(self) -> str:
         what = f"{self.path.name}: {self.spec.model_type}, {len(self.moe_layers)} MoE layers"
-        return f"{what} of {self.num_experts} experts, top-{self.top_k}, {human_bytes(self.nbytes)}"
+        return f"{what} of {self.span} experts, top-{self.top_k}, {human_bytes(self.nbytes)}"
 
 
 def open_checkpoint(model: PathLike, *, revision: str | None = None) -> Checkpoint:
@@ -142,8 +166,9 @@ def open_checkpoint(model: PathLike, *, revision: str | None = None) -> Checkpoi
     roles = {name: spec.role(name, depth) for name in tensors}
     layers, mtp = _bind_layers(spec, config, roles)
     num_experts = _count_experts(spec, spec.values(config))
-    _check_experts(spec, tensors, roles, num_experts)
-    _check_routers(spec, tensors, roles, num_experts)
+    counts = _own_counts(spec, config, (*layers, *mtp), num_experts)
+    _check_experts(spec, tensors, roles, counts)
+    _check_routers(spec, tensors, roles, counts)
     router = _read_router(spec, spec.values(config), num_experts)
     return Checkpoint(
         path=path,
@@ -159,6 +184,7 @@ def open_checkpoint(model: PathLike, *, revision: str | None = None) -> Checkpoi
         moe_layers=tuple(layers),
         mtp_layers=tuple(mtp),
         shard_metadata=metadata,
+        own_counts={layer: count for layer, count in counts.items() if count != num_experts},
     )
 
 
@@ -277,6 +303,13 @@ def _count_experts(spec: MoESpec, values: Mapping[str, Any]) -> int:
     return next(iter(counts.values()))
 
 
+def _own_counts(spec: MoESpec, config: Mapping[str, Any], layers: Iterable[int], num_experts: int) -> dict[int, int]:
+    """Experts of every layer; MTP layers, which the config does not list, have as many as the last decoder layer."""
+    own, depth = spec.layer_counts(config), spec.depth(config)
+    last = own.get(max((layer for layer in layers if layer < depth), default=0), num_experts)
+    return {layer: own.get(layer, num_experts) if layer < depth else last for layer in layers}
+
+
 def _read_router(spec: MoESpec, values: Mapping[str, Any], num_experts: int) -> RouterShape:
     """Top-k and groups; a missing group count is refused, since engines fill it in with defaults of their own."""
     top_k = read_count(values, spec.top_k_key)
@@ -311,7 +344,7 @@ def _bind_layers(
 
 
 def _check_experts(
-    spec: MoESpec, tensors: Mapping[str, TensorEntry], roles: Mapping[str, TensorRole], num_experts: int
+    spec: MoESpec, tensors: Mapping[str, TensorEntry], roles: Mapping[str, TensorRole], counts: Mapping[int, int]
 ) -> None:
     """A layer must have experts 0..E-1, all with the same parts, or all of them stacked."""
     parts: dict[int, dict[int, set[str]]] = defaultdict(lambda: defaultdict(set))
@@ -320,9 +353,10 @@ def _check_experts(
         if isinstance(role, ExpertName):
             parts[role.layer][role.expert].add(role.after)
         elif isinstance(role, StackedName):
-            _check_rows(tensors[name], role.axis, num_experts)
+            _check_rows(tensors[name], role.axis, counts[role.layer])
             stacked[role.layer].append(role.part)
     for layer, experts in sorted(parts.items()):
+        num_experts = counts[layer]
         if sorted(experts) != list(range(num_experts)):
             odd = sorted(set(experts) ^ set(range(num_experts)))
             raise LayoutError(
@@ -341,14 +375,15 @@ def _check_experts(
 
 
 def _check_routers(
-    spec: MoESpec, tensors: Mapping[str, TensorEntry], roles: Mapping[str, TensorRole], num_experts: int
+    spec: MoESpec, tensors: Mapping[str, TensorEntry], roles: Mapping[str, TensorRole], counts: Mapping[int, int]
 ) -> None:
     """Every layer with experts must have its router tensors, with one row per expert; no other layer may have any."""
     layers = {role.layer for role in roles.values() if isinstance(role, ExpertName | StackedName)}
     parts: dict[int, set[str]] = defaultdict(set)
     for name, role in roles.items():
         if isinstance(role, RouterName):
-            _check_rows(tensors[name], role.axis, num_experts)
+            if role.layer in counts:
+                _check_rows(tensors[name], role.axis, counts[role.layer])
             parts[role.layer].add(role.part)
     for layer in sorted(layers | parts.keys()):
         absent = sorted(spec.router.keys() - parts[layer])

@@ -16,9 +16,12 @@ from moeprune import _cli_options as opt
 from moeprune import _cli_output as out
 from moeprune import _files
 from moeprune._cli_run import exit_code
+from moeprune.catalogue import PATHS
 from moeprune.errors import ConfigError
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from moeprune.evaluation.compare import EvalReport
 
 app = typer.Typer(
@@ -58,13 +61,20 @@ def prune(
     stream: opt.Stream = None,
     memory: opt.Memory = None,
     device_memory: opt.DeviceMemory = None,
+    statistics: opt.StatisticNames = "",
+    paths: opt.Paths = PATHS,
     trust_remote_code: opt.Trust = False,
     revision: opt.Revision = None,
     weights: opt.Weights = "",
+    blend: opt.Blend = "sum",
+    protect_top: opt.ProtectTop = 0,
     protect: opt.Protect = "",
     no_guard: opt.NoGuard = False,
     target: opt.Target = "",
     round_to: opt.RoundTo = 1,
+    budget: opt.BudgetName = "uniform",
+    allow_non_uniform: opt.NonUniform = False,
+    rearrange: opt.Rearrange = 1,
     mtp: opt.Mtp = "cut",
     max_shard_size: opt.ShardSize = "5GB",
     backend: opt.Backend = "hf",
@@ -106,13 +116,20 @@ def prune(
         stream=stream,
         memory=opt.size_of(memory),
         device_memory=opt.size_of(device_memory),
+        statistics=opt.names(statistics),
+        paths=paths,
         trust_remote_code=trust_remote_code,
         revision=revision,
         weights=opt.weights_of(weights),
+        blend=blend,
+        protect_top=protect_top,
         protect=opt.protected_of(protect),
         guard=not no_guard,
         target=opt.names(target),
         round_to=round_to,
+        budget=budget,
+        allow_non_uniform=allow_non_uniform,
+        rearrange=rearrange,
         mtp=mtp,
         max_shard_size=_files.parse_size(max_shard_size),
         backend=backend,
@@ -147,6 +164,8 @@ def collect(
     memory: opt.Memory = None,
     device_memory: opt.DeviceMemory = None,
     layers: opt.Layers = "",
+    statistics: opt.StatisticNames = "",
+    paths: opt.Paths = PATHS,
     trust_remote_code: opt.Trust = False,
     revision: opt.Revision = None,
     overwrite: opt.Overwrite = False,
@@ -174,6 +193,8 @@ def collect(
         "memory": opt.size_of(memory),
         "device_memory": opt.size_of(device_memory),
         "layers": opt.layers_of(layers),
+        "statistics": opt.names(statistics),
+        "paths": paths,
         "trust_remote_code": trust_remote_code,
         "revision": revision,
         "overwrite": overwrite,
@@ -182,12 +203,12 @@ def collect(
         refuse_many("a dry run")
         out.print_forecast(pipeline.forecast(model, output, **options), output, as_json=as_json)
         return
-    statistics = pipeline.collect(model, output, **options)
+    collected = pipeline.collect(model, output, **options)
     if not from_environment().first:
         return  # process 0 tells what came of all of them
     nothing = ["no calibration data: only strategies that need none can plan from this file"]
-    out.say_notes(coverage_warnings(statistics) if statistics.tokens else nothing)
-    out.print_statistics(output, statistics, as_json=as_json)
+    out.say_notes(coverage_warnings(collected) if collected.tokens else nothing)
+    out.print_statistics(output, collected, as_json=as_json)
 
 
 @stats_app.command()
@@ -217,10 +238,15 @@ def plan(
     output: Annotated[Path | None, typer.Option("-o", "--output", metavar="FILE", help="Plan file.")] = None,
     strategy: opt.StrategyName = None,
     weights: opt.Weights = "",
+    blend: opt.Blend = "sum",
+    protect_top: opt.ProtectTop = 0,
     protect: opt.Protect = "",
     no_guard: opt.NoGuard = False,
     target: opt.Target = "",
     round_to: opt.RoundTo = 1,
+    budget: opt.BudgetName = "uniform",
+    allow_non_uniform: opt.NonUniform = False,
+    rearrange: opt.Rearrange = 1,
     mtp: opt.Mtp = "cut",
     seed: opt.Seed = 0,
     revision: opt.Revision = None,
@@ -243,10 +269,15 @@ def plan(
         keep=keep,
         strategy=strategy or DEFAULT,
         weights=opt.weights_of(weights),
+        blend=blend,  # type: ignore[arg-type]  # checked by the planner
+        protect_top=protect_top,
         protect=opt.protected_of(protect),
         guard=not no_guard,
         target=opt.names(target),
         round_to=round_to,
+        budget=budget,
+        allow_non_uniform=allow_non_uniform,
+        rearrange=rearrange,
         mtp=mtp,  # type: ignore[arg-type]  # checked by the planner
         seed=seed,
         revision=revision,
@@ -302,10 +333,18 @@ def verify(
 
 @app.command(name="eval")
 def evaluate(
+    context: typer.Context,
     base: Annotated[str, typer.Argument(metavar="BASE", help="The original: folder or Hub id.")],
-    pruned: Annotated[str, typer.Argument(metavar="PRUNED", help="The pruned checkpoint: folder or Hub id.")],
-    tasks: opt.Tasks,
+    pruned: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="PRUNED...",
+            help="With --tasks a pruned checkpoint, folder or Hub id; with --text plan files or pruned folders.",
+        ),
+    ],
     output: opt.ReportFolder,
+    tasks: opt.Tasks = "",
+    text: opt.Text = [],  # noqa: B006 - typer copies it
     include_path: opt.IncludePath = None,
     backend: opt.Backend = "hf",
     model_args: opt.ModelArgs = "",
@@ -320,18 +359,53 @@ def evaluate(
     revision: opt.Revision = None,
     margin: opt.Margin = 1.0,
     fail_on: opt.FailOn = "",
+    num_samples: opt.NumSamples = 512,
+    max_length: opt.MaxLength = 2048,
+    shuffle: opt.Shuffle = False,
+    pack: opt.Pack = False,
+    batch_tokens: opt.BatchTokens = 8192,
+    stream: opt.Stream = None,
+    memory: opt.Memory = None,
+    device_memory: opt.DeviceMemory = None,
     overwrite: opt.Overwrite = False,
+    dry_run: opt.DryRun = False,
     as_json: opt.AsJson = False,
     quiet: opt.Quiet = False,
     verbose: opt.Verbose = 0,
 ) -> None:
-    """Run lm-eval tasks on both models with identical requests, and report the change per task."""
-    from moeprune import pipeline
+    """Run lm-eval tasks on both models with identical requests, or score any number of plans on text."""
+    from moeprune import pipeline, scoring
 
+    _check_kind(context, pruned, tasks=tasks, text=text)
+    if text:
+        options: dict[str, Any] = {
+            "text": text,
+            "output": output,
+            "num_samples": num_samples,
+            "max_length": max_length,
+            "shuffle": shuffle,
+            "pack": pack,
+            "batch_tokens": batch_tokens,
+            "seed": seed,
+            "device": device,
+            "dtype": dtype,
+            "stream": stream,
+            "memory": opt.size_of(memory),
+            "device_memory": opt.size_of(device_memory),
+            "trust_remote_code": trust_remote_code,
+            "revision": revision,
+            "overwrite": overwrite,
+        }
+        if dry_run:
+            expected = scoring.forecast_text(base, pruned, **options)
+            out.print_forecast(expected, output, as_json=as_json, doing="scoring")
+        else:
+            out.print_text_report(scoring.evaluate_text(base, pruned, **options), output, as_json=as_json)
+        return
     _check_gate(fail_on)
     report = pipeline.evaluate(
         base,
-        pruned,
+        pruned[0],
         tasks=opt.names(tasks),
         output=output,
         include_path=include_path,
@@ -351,6 +425,29 @@ def evaluate(
     )
     out.print_report(report, output, as_json=as_json)
     _gate(report, fail_on)
+
+
+# What only one of the two kinds of evaluation knows.
+_OF_TASKS = {
+    *("include_path", "backend", "model_args", "batch_size", "limit", "num_fewshot", "apply_chat_template"),
+    *("margin", "fail_on"),
+}
+_OF_TEXT = {
+    *("num_samples", "max_length", "shuffle", "pack", "batch_tokens", "stream", "memory", "device_memory", "dry_run"),
+}
+
+
+def _check_kind(context: typer.Context, pruned: Sequence[str], *, tasks: str, text: Sequence[str]) -> None:
+    """Refuse what would silently do nothing in this kind of evaluation."""
+    if bool(tasks) == bool(text):
+        hint = "--tasks asks lm-eval's questions of a checkpoint, --text measures perplexity under plans"
+        raise ConfigError("eval takes either --tasks or --text", hint)
+    if tasks and len(pruned) > 1:
+        raise ConfigError(f"--tasks evaluates one checkpoint, not {len(pruned)}", "--text compares many plans")
+    for option in context.command.params:
+        odd = option.name in (_OF_TASKS if text else _OF_TEXT)
+        if odd and str(getattr(context.get_parameter_source(str(option.name)), "name", "")) == "COMMANDLINE":
+            raise ConfigError(f"{option.opts[0]} does nothing with {'--text' if text else '--tasks'}", "leave it out")
 
 
 @app.command()

@@ -4,19 +4,25 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
+import math
+import shutil
 import tempfile
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from moeprune._files import begin_work, check_free_space, human_bytes, note
+from moeprune._files import begin_work, check_free_space, hidden_sibling, human_bytes, lock_file, note, progress
 from moeprune._options import CalibrationOptions
+from moeprune._version import __version__
 from moeprune.calibration import Batch, CalibrationSet
 from moeprune.checkpoint import Checkpoint
 from moeprune.collectors.distributed import (
     ALONE,
     Ranks,
     any_of,
+    barrier,
     check_same,
     device_of,
     from_environment,
@@ -24,8 +30,9 @@ from moeprune.collectors.distributed import (
     reduce_layers,
     shard,
 )
-from moeprune.errors import ConfigError, UnsupportedModelError
-from moeprune.statistics import STATISTICS, LayerArrays, RouterStatistics
+from moeprune.collectors.more import Request
+from moeprune.errors import CheckpointError, ConfigError, UnsupportedModelError
+from moeprune.statistics import STATISTICS, AnyArray, LayerArrays, RouterStatistics, known
 
 if TYPE_CHECKING:
     import torch
@@ -36,14 +43,16 @@ if TYPE_CHECKING:
 _ROOM = 1 << 30  # bytes for activations beside a model that is loaded whole
 
 
-def collect_from(
+@contextlib.contextmanager
+def collected(
     checkpoint: Checkpoint,
     settings: CalibrationOptions,
     data: CalibrationSet | None,
     ranks: Ranks = ALONE,
     *,
     output: Path | None = None,
-) -> RouterStatistics:
+    facts: bool = True,
+) -> Iterator[RouterStatistics]:
     """Collect from an opened checkpoint and loaded data; without any, and outside process 0: of no tokens.
 
     Args:
@@ -51,43 +60,91 @@ def collect_from(
         settings: how to run it.
         data: the calibration data.
         ranks: the place of this process among those of the run.
-        output: what will be written in the end; beside it lies what a layer-by-layer pass needs to go on.
+        output: what the block writes. Beside it lies what a layer-by-layer pass needs to go on, until the block has
+            ended well in every process.
+        facts: whether the weights are read where no data is run, for what they alone say.
+
+    Yields:
+        The statistics.
     """
-    nothing = RouterStatistics.empty(
+    checkpoint.check_uniform()
+    nothing = functools.partial(
+        RouterStatistics.empty,
         checkpoint.moe_layers,
         num_experts=checkpoint.num_experts,
         top_k=checkpoint.top_k,
         model=checkpoint.fingerprint,
     )
     if data is None:
-        return nothing
+        yield nothing(facts=_facts(checkpoint, settings) if ranks.first and facts else {})
+        return
     check_same(ranks, model=checkpoint.fingerprint, calibration_data=data.fingerprint, options=settings.canonical())
-    reduced = reduce_layers(_run(checkpoint, settings, data, ranks, output), ranks)
-    if reduced is None:
-        return nothing
-    return RouterStatistics.of_layers(
-        reduced,
-        domains=_domains(data),
-        num_experts=checkpoint.num_experts,
-        top_k=checkpoint.top_k,
-        command=settings.canonical(),
-        inputs={"model": checkpoint.fingerprint, "calibration": data.fingerprint},
-        provenance=data.provenance,
-    )
+    with _layers(checkpoint, settings, data, ranks, output) as layers:
+        reduced = reduce_layers(layers, ranks)
+        if reduced is None:
+            yield nothing()
+        else:
+            yield RouterStatistics.of_layers(
+                _with_facts(checkpoint, settings, reduced),
+                domains=_domains(data),
+                num_experts=checkpoint.num_experts,
+                top_k=checkpoint.top_k,
+                command=settings.canonical(),
+                inputs={"model": checkpoint.fingerprint, "calibration": data.fingerprint},
+                provenance=data.provenance,
+            )
+        barrier(ranks)
+
+
+def _with_facts(
+    checkpoint: Checkpoint, settings: CalibrationOptions, layers: Mapping[int, LayerArrays]
+) -> dict[int, LayerArrays]:
+    """What was measured, with what the weights say where the loaded model keeps them packed."""
+    found = {} if all(arrays.facts for arrays in layers.values()) else _facts(checkpoint, settings)
+    return {
+        index: arrays if arrays.facts else dataclasses.replace(arrays, facts=found.get(index, {}))
+        for index, arrays in layers.items()
+    }
+
+
+def _facts(checkpoint: Checkpoint, settings: CalibrationOptions) -> dict[int, dict[str, AnyArray]]:
+    """What the weights alone say by decoder layer, from the files, some experts of a layer at a time."""
+    from moeprune.collectors.weights import facts_of
+    from moeprune.experts import expert_layers
+
+    try:
+        stream = open_stream(checkpoint, settings)
+        layers = {layer.index: layer.experts for layer in expert_layers(stream.model)}
+    except (CheckpointError, UnsupportedModelError) as error:
+        note(f"what the weights alone say is left out: {error.message}")
+        return {}
+    begin_work()
+    wanted = progress(settings.observed(checkpoint), "reading weights", unit="layer")
+    more = [name for name in settings.measured if known(name).point == "weights"]
+    return {index: facts_of(layers[index], more, stream.loader(index)) for index in wanted}
 
 
 def _domains(data: CalibrationSet) -> tuple[str, ...]:
     return tuple(sorted(set(data.domains)))
 
 
-def _run(
+@contextlib.contextmanager
+def _layers(
     checkpoint: Checkpoint, settings: CalibrationOptions, data: CalibrationSet, ranks: Ranks, output: Path | None
-) -> Mapping[int, LayerArrays]:
-    """The sums of this process' share of the data."""
+) -> Iterator[Mapping[int, LayerArrays]]:
+    """The sums of this process' share of the data, by decoder layer."""
     settings = dataclasses.replace(settings, device=device_of(ranks, settings.device))
     batches = shard(data.batches(settings.batch_tokens), ranks)
     if any_of(streams(checkpoint, settings), ranks):  # each saw what memory was free at its time
-        return _streamed(checkpoint, settings, data, batches, ranks, output)
+        with _streamed(checkpoint, settings, data, batches, ranks, output) as layers:
+            yield layers
+        return
+    yield _resident(checkpoint, settings, data, batches)
+
+
+def _resident(
+    checkpoint: Checkpoint, settings: CalibrationOptions, data: CalibrationSet, batches: Sequence[Batch]
+) -> Mapping[int, LayerArrays]:
     from moeprune.collectors.resident import load_model, run_batches
 
     loaded = load_model(
@@ -95,30 +152,37 @@ def _run(
     )
     begin_work()
     layers = settings.observed(checkpoint)
-    observation = run_batches(loaded, batches, checkpoint, layers, domains=_domains(data))
+    request = _request(settings, data)
+    observation = run_batches(loaded, batches, checkpoint, layers, domains=_domains(data), request=request)
     return {index: observation.take(index) for index in layers}
 
 
 # --- does it fit? ---------------------------------------------------------------------------------------------------
 
 
-def streams(checkpoint: Checkpoint, settings: CalibrationOptions) -> bool:
+def streams(checkpoint: Checkpoint, settings: CalibrationOptions, *, beside: int = 0) -> bool:
     """Whether the model runs layer by layer: because the user says so, or because it does not fit otherwise.
+
+    Args:
+        checkpoint: the model.
+        settings: how to run it.
+        beside: bytes that are needed beside a model that is loaded whole, apart from ordinary activations.
 
     Raises:
         ConfigError: a limit on memory is given for a model that is to be loaded whole.
     """
     if settings.stream is False and (settings.memory or settings.device_memory):
-        raise ConfigError("--memory bounds a pass layer by layer", "leave --no-stream out")
+        option = "--memory" if settings.memory else "--device-memory"
+        raise ConfigError(f"{option} bounds a pass layer by layer", "leave --no-stream out")
     if settings.stream is not None:
         return settings.stream
-    reason = _does_not_fit(checkpoint, settings)
+    reason = _does_not_fit(checkpoint, settings, beside)
     if reason:
         note(f"running layer by layer: {reason}")
     return bool(reason)
 
 
-def _does_not_fit(checkpoint: Checkpoint, settings: CalibrationOptions) -> str:
+def _does_not_fit(checkpoint: Checkpoint, settings: CalibrationOptions, beside: int) -> str:
     """Why the model cannot be loaded whole, or an empty string."""
     device = device_for(settings.device)
     try:
@@ -126,7 +190,7 @@ def _does_not_fit(checkpoint: Checkpoint, settings: CalibrationOptions) -> str:
             return "its quantised weights are turned into numbers as they are read"
     except UnsupportedModelError:
         return ""  # transformers may know the method
-    needed, limits = resident_bytes(checkpoint, settings.dtype) + _ROOM, limits_of(settings, device)
+    needed, limits = resident_bytes(checkpoint, settings.dtype) + _ROOM + beside, limits_of(settings, device)
     room = limits.host if limits.device is None else limits.device
     if settings.device == "auto":
         room = _all_devices(room)
@@ -198,6 +262,7 @@ def _all_devices(of_one: int) -> int:
 # --- layer by layer -------------------------------------------------------------------------------------------------
 
 
+@contextlib.contextmanager
 def _streamed(
     checkpoint: Checkpoint,
     settings: CalibrationOptions,
@@ -205,7 +270,7 @@ def _streamed(
     batches: Sequence[Batch],
     ranks: Ranks,
     output: Path | None,
-) -> Mapping[int, LayerArrays]:
+) -> Iterator[Mapping[int, LayerArrays]]:
     from moeprune.collectors.kept import kept_beside
     from moeprune.collectors.stream import stream_batches
     from moeprune.streaming.states import SpilledStates, States
@@ -218,33 +283,64 @@ def _streamed(
         "options": settings.canonical(),
         "process": [ranks.rank, ranks.size],
         "device": stream.device.type,
-        "spilled": expected.spill,
+        "version": __version__,
     }
     with contextlib.ExitStack() as undo:
         if output is not None:
-            check_free_space(output, expected.disk)
+            check_free_space(output, expected.disk, kind="collect")
             kept = undo.enter_context(kept_beside(output, run, rank=ranks.rank))
             folder = kept.folder
         else:
-            kept, folder = None, Path(undo.enter_context(_spill_folder(expected)))
+            kept, folder = None, undo.enter_context(spill_folder(expected))
         begin_work()
         states = SpilledStates(len(batches), folder) if expected.spill else States(len(batches))
-        return stream_batches(
+        layers = stream_batches(
             stream,
             batches,
             states,
             domains=_domains(data),
             layers=settings.observed(checkpoint),
+            request=_request(settings, data),
             kept=kept,
             ranks=ranks,
         )
+        del stream, states  # what follows needs the memory
+        yield layers
 
 
 @contextlib.contextmanager
-def _spill_folder(expected: Forecast) -> Iterator[str]:
-    with tempfile.TemporaryDirectory(prefix="moeprune-") as folder:
-        check_free_space(folder, expected.disk)
-        yield folder
+def spill_folder(expected: Forecast, output: Path | None = None) -> Iterator[Path]:
+    """A folder for hidden states in files, beside the output where there is one; it is gone after the block.
+
+    Args:
+        expected: what the pass will take.
+        output: what will be written in the end. Every run for it uses the same folder, so that none is left for good.
+
+    Raises:
+        ConfigError: the disk is too small, or another run is writing the output.
+    """
+    check_spill(expected, output)
+    if output is None or not expected.spill:
+        with tempfile.TemporaryDirectory(prefix="moeprune-") as temporary:
+            yield Path(temporary)
+        return
+    folder = hidden_sibling(output, "states")
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "lock").open("a+b") as lock:
+        lock_file(lock, output)
+        try:
+            yield folder
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def check_spill(expected: Forecast, output: Path | None) -> None:
+    """Refuse a disk that is too small for hidden states in files.
+
+    Raises:
+        ConfigError: the message says how much is needed.
+    """
+    check_free_space(output or tempfile.gettempdir(), expected.disk, kind="states")
 
 
 def open_stream(checkpoint: Checkpoint, settings: CalibrationOptions) -> LayerStream:
@@ -273,11 +369,13 @@ def arrange(
     """
     from moeprune.streaming.forecast import Load, forecast
 
-    checkpoint = stream.weights.checkpoint
+    checkpoint, observed = stream.weights.checkpoint, settings.observed(stream.weights.checkpoint)
+    request = _request(settings, data)
     load = Load(
         shapes=[(len(batch.sequences), max(map(len, batch.sequences))) for batch in batches],
-        last=max(settings.observed(checkpoint)),
-        sums=_sums_bytes(checkpoint.num_experts, len(_domains(data))),
+        last=request.last_layer(observed, checkpoint.moe_layers),
+        sums=_sums_bytes(stream, request, len(_domains(data)), len(observed))
+        + _routes_bytes(checkpoint, request, batches),
         durable=kept,
     )
     expected = forecast(stream.weights, load, limits_of(settings, stream.device))
@@ -285,10 +383,29 @@ def arrange(
     return expected
 
 
-def _sums_bytes(num_experts: int, domains: int) -> int:
-    """Sums of one layer: two halves of every domain while they are added up, and once more as what they come to."""
-    elements: int = sum(num_experts ** len(statistic.axes) for statistic in STATISTICS.values())
-    return 4 * 8 * domains * elements
+def _request(settings: CalibrationOptions, data: CalibrationSet) -> Request:
+    """What to measure beyond the core sums."""
+    return Request(statistics=settings.measured, paths=settings.paths, sequences=Counter(data.domains))
+
+
+def _routes_bytes(checkpoint: Checkpoint, request: Request, batches: Sequence[Batch]) -> int:
+    """Where tokens went: two lists of experts and their gates, of which the states of all batches hold a copy."""
+    if not any(known(name).point == "routes" for name in request.statistics):
+        return 0
+    tokens = sum(len(batch.sequences) * max(map(len, batch.sequences)) for batch in batches)
+    return 8 * tokens * checkpoint.top_k
+
+
+def _sums_bytes(stream: LayerStream, request: Request, domains: int, layers: int) -> int:
+    """Sums of one layer: two halves of every domain while they are added up, and of all layers what they came to."""
+    from moeprune.collectors.weights import sizes_of
+    from moeprune.experts import expert_layers
+
+    sizes = sizes_of(expert_layers(stream.model)[0].experts)
+    summed = [known(name) for name in (*STATISTICS, *request.statistics)]
+    shapes = [statistic.shape(sizes["E"], sizes) for statistic in summed if statistic.by_domain]
+    elements = sum(math.prod(shape) for shape in shapes)
+    return (2 + 2 * layers) * 8 * domains * elements
 
 
 def expected_of(
@@ -298,4 +415,7 @@ def expected_of(
     if not streams(checkpoint, settings):
         return None
     batches = data.batches(settings.batch_tokens)
-    return arrange(open_stream(checkpoint, settings), settings, data, batches, kept=output is not None)
+    expected = arrange(open_stream(checkpoint, settings), settings, data, batches, kept=output is not None)
+    if output is not None:
+        check_free_space(output, expected.disk, kind="collect")
+    return expected

@@ -54,6 +54,7 @@ _REFUSALS: tuple[_Rule, ...] = (
     ("llama.cpp", lambda it: it.reachable < it.top_k, "a token cannot reach its top-k experts"),
     ("llama.cpp", lambda it: it.lacks_mtp, "the config announces MTP layers that are not there"),
 )
+_ONE_COUNT = "it reads one number of experts for all layers"
 # Still right, on a slower path.
 _REMARKS: tuple[_Rule, ...] = (
     (
@@ -79,12 +80,20 @@ _REMARKS: tuple[_Rule, ...] = (
 )
 
 
-def engine_verdicts(checkpoint: Checkpoint, kept: int) -> dict[str, tuple[str, ...]]:
-    """Reasons why each engine would not take the result, or not run it right; none means it will."""
-    result, spec = _result(checkpoint, kept), checkpoint.spec
+def engine_verdicts(checkpoint: Checkpoint, kept: int, fewest: int | None = None) -> dict[str, tuple[str, ...]]:
+    """Reasons why each engine would not take the result, or not run it right; none means it will.
+
+    Args:
+        checkpoint: the source.
+        kept: experts that stay in each layer, or the most that any layer keeps.
+        fewest: the least that any layer keeps, where layers differ.
+    """
+    spec, differ = checkpoint.spec, fewest is not None
+    result = _result(checkpoint, kept if fewest is None else fewest)
     return {
         engine: tuple(
             ([] if engine in spec.engines else [f"no loader for {spec.model_type}"])
+            + ([_ONE_COUNT] if differ and engine != "transformers" else [])
             + [reason for name, broken, reason in _REFUSALS if name == engine and broken(result)]
         )
         for engine in ENGINES

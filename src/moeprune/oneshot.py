@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 from moeprune._files import PathLike
 from moeprune._options import CalibrationOptions, budget_of, by_stage, check_margin, eval_settings, several
 from moeprune.calibration import CalibrationSet
+from moeprune.catalogue import FACTS
 from moeprune.checkpoint import Checkpoint, open_checkpoint
-from moeprune.collecting import collect_from, expected_of
+from moeprune.collecting import collected, expected_of
 from moeprune.collectors.distributed import refuse_many
 from moeprune.errors import ConfigError, EvaluationError
 from moeprune.evaluation.harness import preflight
@@ -20,10 +21,12 @@ from moeprune.evaluation.settings import EvalSettings
 from moeprune.pipeline import BUNDLED, check_space, default_output, evaluate_checkpoints
 from moeprune.planner import Decisions, check_decisions, make_plan, preview
 from moeprune.plans import PruningPlan
+from moeprune.reconstructing import subset_loss_of
 from moeprune.rewrite.drop import DEFAULT_SHARD_SIZE, PROVENANCE, apply_drop, check_output
 from moeprune.rewrite.verify import verify_drop
 from moeprune.statistics import RouterStatistics
-from moeprune.strategies import DEFAULT, Criterion, resolve
+from moeprune.strategies import DEFAULT, Criterion, GlobalCriterion, resolve
+from moeprune.strategies.allocate import Allocation
 
 if TYPE_CHECKING:
     from moeprune.evaluation.compare import EvalReport
@@ -54,10 +57,11 @@ def prune(
     ratio: float | str | None = None,
     keep: int | None = None,
     calibration: Sequence[str] | str = (),
-    strategy: str | Criterion = DEFAULT,
+    strategy: str | Criterion | GlobalCriterion = DEFAULT,
     tasks: Sequence[str] | str = (),
     margin: float = 1.0,
     round_to: int = 1,
+    budget: str = "uniform",
     max_shard_size: int = DEFAULT_SHARD_SIZE,
     revision: str | None = None,
     overwrite: bool = False,
@@ -76,6 +80,7 @@ def prune(
         tasks: lm-eval tasks; none means no evaluation.
         margin: acceptable loss in points.
         round_to: make the kept count a multiple of this.
+        budget: how the experts that stay are shared out over layers, as for :func:`moeprune.plan`.
         max_shard_size: bytes of tensors per file.
         revision: of a Hub model.
         overwrite: replace a folder that is not empty.
@@ -98,24 +103,34 @@ def prune(
     if model is None:
         model, sources, names, options = _bundled(sources, names, options)
     calibrated, decided, evaluated = by_stage(options, CalibrationOptions, Decisions, EvalSettings)
-    wanted = Decisions(budget=budget_of(ratio, keep, round_to), strategy=strategy, **decided)
+    amount, allocation = budget_of(ratio, keep, round_to), Allocation.parse(budget)
+    wanted = Decisions(budget=amount, allocation=allocation, strategy=strategy, **decided)
     checkpoint = open_checkpoint(model, revision=revision)
-    kept = wanted.budget.kept(checkpoint.router)
-    target = Path(output) if output else default_output(model, kept, checkpoint.num_experts)
+    target = Path(output) if output else _default_output(model, checkpoint, wanted)
     check_output(checkpoint, target, overwrite=overwrite)
     look = preview(checkpoint, wanted)
     check_space(checkpoint, look, target)
     settings = CalibrationOptions(sources=sources, **calibrated)
+    settings = dataclasses.replace(settings, statistics=(*several(settings.statistics), *resolve(strategy).needs))
     data = _load(checkpoint, settings, wanted)
     evaluation = _preflight(names, evaluated, checkpoint) if names else None
     if dry_run:
         expected = expected_of(checkpoint, settings, data, output=target) if data else None
         return PruneResult(output=target, plan=look, forecast=expected)
-    statistics = collect_from(checkpoint, settings, data, output=target)
-    made = make_plan(checkpoint, statistics, wanted)
-    apply_drop(checkpoint, made, target, max_shard_size=max_shard_size, overwrite=overwrite, extra=_records(statistics))
+    facts = bool(FACTS.keys() & resolve(strategy).needs)
+    with collected(checkpoint, settings, data, output=target, facts=facts) as statistics:
+        with subset_loss_of(checkpoint, settings, data, resolve(strategy), output=target) as subset_loss:
+            made = make_plan(checkpoint, statistics, wanted, subset_loss)
+        records = _records(statistics)
+        apply_drop(checkpoint, made, target, max_shard_size=max_shard_size, overwrite=overwrite, extra=records)
     result = PruneResult(output=target, plan=made, statistics=statistics, verification=verify_drop(checkpoint, target))
     return _evaluated(result, checkpoint, evaluation, margin) if evaluation else result
+
+
+def _default_output(model: PathLike, checkpoint: Checkpoint, wanted: Decisions) -> Path:
+    if wanted.allocation.sized:
+        raise ConfigError(f"--budget {wanted.allocation} leaves open how many experts stay", "name the output with -o")
+    return default_output(model, wanted.budget.kept(checkpoint.router), checkpoint.num_experts)
 
 
 def _load(checkpoint: Checkpoint, settings: CalibrationOptions, wanted: Decisions) -> CalibrationSet | None:
@@ -123,6 +138,10 @@ def _load(checkpoint: Checkpoint, settings: CalibrationOptions, wanted: Decision
     strategy = resolve(wanted.strategy)
     if strategy.calibrated and not settings.sources:
         raise ConfigError(f"strategy {strategy.name!r} needs calibration data", "pass --calibration data.jsonl")
+    by_load = {f"--budget {wanted.allocation}": wanted.allocation.by_load, "--rearrange": wanted.rearrange > 1}
+    for option, counts_tokens in by_load.items():
+        if counts_tokens and not settings.sources:
+            raise ConfigError(f"{option} needs calibration data", "pass --calibration data.jsonl")
     data = settings.load(checkpoint) if settings.sources else None
     check_decisions(checkpoint, wanted, domains=sorted(set(data.domains)) if data else ())
     return data

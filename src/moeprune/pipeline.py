@@ -13,14 +13,15 @@ from typing import TYPE_CHECKING, Any
 from moeprune._files import PathLike, begin_work, check_free_space, check_output_file, check_output_folder
 from moeprune._options import CalibrationOptions, budget_of, by_stage, check_margin, eval_settings, several
 from moeprune.checkpoint import Checkpoint, open_checkpoint
-from moeprune.collecting import collect_from, expected_of
+from moeprune.collecting import collected, expected_of
 from moeprune.collectors.distributed import process_group
-from moeprune.planner import Decisions, Protected, derive, make_plan
+from moeprune.planner import Blend, Decisions, Protected, derive, make_plan
 from moeprune.plans import MtpPolicy, PruningPlan
 from moeprune.rewrite.drop import DEFAULT_SHARD_SIZE, apply_drop, check_output, keep_lists, output_tensors
 from moeprune.statistics import RouterStatistics
 from moeprune.strategies import DEFAULT as DEFAULT_STRATEGY
-from moeprune.strategies import Criterion
+from moeprune.strategies import Criterion, GlobalCriterion
+from moeprune.strategies.allocate import Allocation
 
 if TYPE_CHECKING:
     from moeprune.evaluation.compare import EvalReport
@@ -71,9 +72,10 @@ def collect(
             check_output_file(output, overwrite=overwrite)
         checkpoint = open_checkpoint(model, revision=revision)
         data = settings.load(checkpoint) if sources else None
-        statistics = collect_from(checkpoint, settings, data, ranks, output=Path(output) if output else None)
-        if output is not None and ranks.first:
-            statistics.save(output)
+        place = Path(output) if output is not None else None
+        with collected(checkpoint, settings, data, ranks, output=place) as statistics:
+            if place is not None and ranks.first:
+                statistics.save(place)
     return statistics
 
 
@@ -94,6 +96,12 @@ def forecast(
     Returns:
         Peak memory, disk and reading of a pass layer by layer; None where the model would be loaded whole.
 
+    Raises:
+        ConfigError: an option cannot work, it does not fit, or the data gives no usable token.
+        CheckpointError: the model's files are missing, damaged or unreachable.
+        UnsupportedModelError: an unknown architecture, one without routed experts, or one whose layers cannot be run
+            one at a time.
+
     Example:
         >>> print(moeprune.forecast("base", calibration="data.jsonl", memory=16 << 30))
     """
@@ -112,12 +120,17 @@ def plan(
     *,
     ratio: float | str | None = None,
     keep: int | None = None,
-    strategy: str | Criterion = DEFAULT_STRATEGY,
+    strategy: str | Criterion | GlobalCriterion = DEFAULT_STRATEGY,
     weights: Mapping[str, float] | None = None,
+    blend: Blend = "sum",
+    protect_top: int = 0,
     protect: Protected | None = None,
     guard: bool = True,
     target: Sequence[str] = (),
     round_to: int = 1,
+    budget: str = "uniform",
+    allow_non_uniform: bool = False,
+    rearrange: int = 1,
     mtp: MtpPolicy = "cut",
     seed: int = 0,
     revision: str | None = None,
@@ -132,11 +145,19 @@ def plan(
         ratio: fraction of the routed experts of each layer to remove; or
         keep: exact number that stays.
         strategy: a name of ``moeprune strategies``, or a callable from layer statistics to scores [E] or costs [E, E].
-        weights: weight by calibration domain.
+        weights: weight by calibration domain; 0 leaves it out.
+        blend: ``sum`` adds the domains up by their weights; ``maxmin`` finds weights for each layer with which the
+            worst served domain keeps the most of its gated output norms.
+        protect_top: keep so many of every domain's best experts in each layer.
         protect: experts by layer that must stay.
         guard: keep super experts whatever the strategy says.
         target: engines that must take the result.
         round_to: make the kept count a multiple of this.
+        budget: how the experts that stay are shared out over layers: ``uniform``, ``global``, ``laep`` or ``coverage``.
+            ``laep:alpha=0.4,beta=0.1`` and ``coverage:fraction=0.9`` say themselves how many stay, without a ratio.
+        allow_non_uniform: let layers keep different numbers, which only transformers loads; else every layer keeps the
+            same number, and the plan says what that loses.
+        rearrange: order the experts so that so many expert-parallel groups carry about the same load.
         mtp: ``cut`` or ``drop`` MTP layers.
         seed: for strategies that draw.
         revision: of a Hub model.
@@ -158,8 +179,13 @@ def plan(
     stats = statistics if isinstance(statistics, RouterStatistics) else RouterStatistics.load(statistics)
     wanted = Decisions(
         budget=budget_of(ratio, keep, round_to),
+        allocation=Allocation.parse(budget),
+        allow_non_uniform=allow_non_uniform,
+        rearrange=rearrange,
         strategy=strategy,
         weights=weights,
+        blend=blend,
+        protect_top=protect_top,
         protect=protect,
         guard=guard,
         mtp=mtp,
@@ -231,7 +257,7 @@ def apply_plan(
     decided = plan if isinstance(plan, PruningPlan) else PruningPlan.load(plan)
     checkpoint = open_checkpoint(model, revision=revision)
     decided = derive(checkpoint, decided)
-    target = Path(output) if output else default_output(model, decided.kept, checkpoint.num_experts)
+    target = Path(output) if output else default_output(model, decided.span, checkpoint.num_experts)
     check_output(checkpoint, target, overwrite=overwrite)
     check_space(checkpoint, decided, target)
     if not dry_run:
@@ -366,10 +392,10 @@ def compare(
 # --- what apply and the one-shot run share ----------------------------------------------------------------------------
 
 
-def default_output(model: PathLike, kept: int, experts: int) -> Path:
+def default_output(model: PathLike, kept: int | str, experts: int) -> Path:
     """The folder that is written when the user names none."""
     name = "moeprune-tiny" if Path(model) == BUNDLED / "model" else Path(os.fspath(model)).resolve().name
-    return Path(f"{name}-{kept}of{experts}")
+    return Path(f"{name}-{str(kept).replace(' ', '')}of{experts}")
 
 
 def check_space(checkpoint: Checkpoint, plan: PruningPlan, target: Path) -> None:

@@ -76,6 +76,11 @@ class Budget:
     keep: int | None = None
     round_to: int = 1
 
+    @property
+    def given(self) -> bool:
+        """Whether it says how many experts stay."""
+        return self.ratio is not None or self.keep is not None
+
     def kept(self, shape: RouterShape) -> int:
         """Experts that stay in each layer: E - floor(ratio x E / n_group) x n_group.
 
@@ -126,11 +131,18 @@ class LayerPlan:
         keep: source indices of the experts that stay, ascending.
         scores: the strategy's score of every expert, higher is better; None where it was copied from another layer.
         copied_from: the layer whose keep-list an MTP layer takes.
+        order: the same experts in the order in which they are written; None where that is ascending.
     """
 
     keep: tuple[int, ...]
     scores: tuple[float, ...] | None = None
     copied_from: int | None = None
+    order: tuple[int, ...] | None = None
+
+    @property
+    def placed(self) -> tuple[int, ...]:
+        """Source indices of the experts that stay, by their new number."""
+        return self.keep if self.order is None else self.order
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -145,6 +157,8 @@ class PruningPlan:
         stability: how far two halves of the calibration data agree, where that is known.
         command, inputs: canonical options and fingerprints.
         kind: always ``drop``: keep-lists for the byte-copy executor.
+        balance: where experts were put in another order, the load of expert-parallel groups before and after.
+        allow_non_uniform: layers may keep different numbers of experts, which only transformers loads.
     """
 
     layers: Mapping[int, LayerPlan]
@@ -159,21 +173,45 @@ class PruningPlan:
     stability: Mapping[str, Any] = field(default_factory=dict)
     engines: Mapping[str, Sequence[str]] = field(default_factory=dict)
     notes: Sequence[str] = ()
+    balance: Mapping[str, Any] = field(default_factory=dict)
+    allow_non_uniform: bool = False
+
+    @property
+    def counts(self) -> dict[int, int]:
+        """Experts that stay, by layer."""
+        return {layer: len(decision.keep) for layer, decision in self.layers.items()}
+
+    @property
+    def uniform(self) -> bool:
+        """Whether every layer keeps the same number."""
+        return len(set(self.counts.values())) == 1
 
     @property
     def kept(self) -> int:
-        """Experts that stay in each layer."""
-        return len(next(iter(self.layers.values())).keep)
+        """Experts that stay in each layer; where layers differ, the most that any of them keeps."""
+        return max(self.counts.values())
+
+    @property
+    def kept_by_layer(self) -> int | dict[str, int]:
+        """For JSON: the experts that stay in each layer, or by layer where layers differ."""
+        return self.kept if self.uniform else {str(layer): count for layer, count in sorted(self.counts.items())}
+
+    @property
+    def span(self) -> str:
+        """Experts that stay in each layer, for people: ``8``, or ``6 to 10``."""
+        return str(self.kept) if self.uniform else f"{min(self.counts.values())} to {self.kept}"
 
     def to_dict(self) -> dict[str, Any]:
         """The plan as JSON values, envelope first."""
         return envelope(SCHEMA, self.command, self.inputs) | {
             "kind": self.kind,
+            **({"allow_non_uniform": True} if self.allow_non_uniform else {}),
             "budget": dict(self.budget),
             "strategy": dict(self.strategy),
             "size": dict(self.size),
             "coverage": dict(self.coverage),
             **({"stability": dict(self.stability)} if self.stability else {}),
+            **({"balance": dict(self.balance)} if self.balance else {}),
             "engines": {engine: list(reasons) for engine, reasons in self.engines.items()},
             "notes": list(self.notes),
             "config_edits": dict(self.config_edits),
@@ -221,8 +259,24 @@ def check_keep(layer: int, keep: Sequence[int], shape: RouterShape) -> None:
         raise PlanError(f"layer {layer}: {problem}")
 
 
+def check_order(layer: int, decision: LayerPlan, shape: RouterShape) -> None:
+    """Check that one layer's order lists its kept experts and leaves every one in its router group.
+
+    Raises:
+        PlanError: it does not.
+    """
+    if sorted(decision.placed) != list(decision.keep):
+        raise PlanError(f"layer {layer}: order does not list the kept experts", "write it to match keep, or remove it")
+    block = shape.num_experts // shape.n_group
+    groups = [expert // block for expert in decision.placed]
+    if groups != sorted(groups):
+        raise PlanError(f"layer {layer}: order moves an expert out of its router group", "order them inside the groups")
+
+
 def _layer_dict(layer: LayerPlan) -> dict[str, Any]:
     entry: dict[str, Any] = {"keep": list(layer.keep)}
+    if layer.order is not None:
+        entry["order"] = list(layer.order)
     if layer.copied_from is not None:
         entry["copied_from"] = layer.copied_from
     if layer.scores is not None:
@@ -231,7 +285,8 @@ def _layer_dict(layer: LayerPlan) -> dict[str, Any]:
 
 
 _REQUIRED = ("layers", "config_edits", "command", "inputs")
-_KINDS: Mapping[str, type[Any]] = {"kind": str, "notes": list}  # of the JSON values; every other field is an object
+# Of the JSON values; every other field is an object.
+_KINDS: Mapping[str, type[Any]] = {"kind": str, "notes": list, "allow_non_uniform": bool}
 
 
 def _read_field(payload: Mapping[str, Any], name: str) -> Any:
@@ -249,13 +304,18 @@ def _read_layer(name: str, value: Any) -> tuple[int, LayerPlan]:
         raise ValueError(f"{name!r} is no layer")
     if not isinstance(value, dict) or not _numbers(value.get("keep"), int):
         raise ValueError(f"layer {name}: keep must be a list of expert numbers")
-    scores, source = value.get("scores"), value.get("copied_from")
+    scores, source, order = value.get("scores"), value.get("copied_from"), value.get("order")
     if scores is not None and not _numbers(scores, int, float):
         raise ValueError(f"layer {name}: scores must be a list of numbers")
     if source is not None and type(source) is not int:
         raise ValueError(f"layer {name}: copied_from must be the number of a layer")
+    if order is not None and not _numbers(order, int):
+        raise ValueError(f"layer {name}: order must be a list of expert numbers")
     layer = LayerPlan(
-        keep=tuple(value["keep"]), scores=None if scores is None else tuple(map(float, scores)), copied_from=source
+        keep=tuple(value["keep"]),
+        scores=None if scores is None else tuple(map(float, scores)),
+        copied_from=source,
+        order=None if order is None else tuple(order),
     )
     return int(name), layer
 

@@ -7,7 +7,7 @@ another one of the same size. Runs without torch.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +20,7 @@ from moeprune.strategies.selection import Selection
 
 RELIABLE = 0.95  # scores that would correlate like this with those of as much new data
 LEAST = 0.05  # a correlation below this is noise, from which nothing follows but that much more data is needed
-Choose = Callable[[RouterStatistics, int], Selection]
+Choose = Callable[[RouterStatistics, Sequence[int]], Mapping[int, Selection]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,18 +80,20 @@ def split_half(statistics: RouterStatistics, choose: Choose, layers: Iterable[in
 
     Args:
         statistics: what was measured.
-        choose: the scores and the choice that statistics lead to, in one layer.
+        choose: the scores and the choice that statistics lead to, in each of some layers.
         layers: decoder layers to compare.
 
     Returns:
         The comparison; None where a half is unknown, or saw too little to be scored on its own.
     """
-    halves = statistics.halves()
     known = [layer for layer in layers if layer in statistics.first_half]
+    if not known:
+        return None
     try:
-        pairs = {layer: (choose(halves[0], layer), choose(halves[1], layer)) for layer in known}
+        one, two = (choose(half, known) for half in statistics.halves())
     except StrategyError:
         return None
+    pairs = {layer: (one[layer], two[layer]) for layer in known}
     ranks = {layer: _rank_correlation(first.scores, second.scores) for layer, (first, second) in pairs.items()}
     rank = {layer: value for layer, value in ranks.items() if value is not None}
     agree = {
@@ -105,8 +107,9 @@ def split_half(statistics: RouterStatistics, choose: Choose, layers: Iterable[in
 def gated_norm_stability(statistics: RouterStatistics) -> Stability | None:
     """Compare the halves by the scores of ``gated-norm``, before anybody has asked for a plan."""
 
-    def choose(part: RouterStatistics, layer: int) -> Selection:
-        return Selection(keep=(), scores=tuple(BUILTIN["gated-norm"](part.layer(layer))))
+    def choose(part: RouterStatistics, layers: Sequence[int]) -> dict[int, Selection]:
+        scores = BUILTIN["gated-norm"].scores({layer: part.layer(layer) for layer in layers})
+        return {layer: Selection(keep=(), scores=tuple(values)) for layer, values in scores.items()}
 
     return split_half(statistics, choose, statistics.layers)
 

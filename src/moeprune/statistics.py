@@ -4,7 +4,9 @@ Sums, never means: two files add up to the file of the concatenated data, domain
 ratio can be planned from one calibration. On disk (schema ``moeprune.statistics/1``) they are a safetensors file with
 tensors ``layers.<decoder layer on disk>.<statistic>``, whose first axis is the domains in the order of the header key
 ``domains``; counts are int64, everything else float64. Tensors ``first_half.<layer>.<statistic>`` hold the same of half
-of the calibration data, so that one can see how far two halves agree. A file is read array by array, when needed.
+of the calibration data, so that one can see how far two halves agree. What the weights alone say lies in
+``weights.<layer>.<statistic>``, what is known of single sequences in ``sequences.<layer>.<statistic>``; neither has an
+axis of domains. A file is read array by array, when needed.
 """
 
 from __future__ import annotations
@@ -18,13 +20,16 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from moeprune._files import PathLike, check_schema, envelope, parse_json, safetensors_header, write_atomic
+from moeprune.catalogue import BUILTIN, FACTS, STATISTICS, Statistic, find, in_order
 from moeprune.errors import ArtifactError, ConfigError, MoePruneError, StaleArtifactError, StrategyError, nearest
+
+__all__ = ["STATISTICS", "LayerArrays", "LayerStatistics", "RouterStatistics", "Statistic", "merge_statistics"]
 
 SCHEMA = "moeprune.statistics/1"
 FloatArray = NDArray[np.float64]
@@ -32,65 +37,40 @@ AnyArray = NDArray[Any]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Statistic:
-    """How one statistic is stored and merged.
-
-    Attributes:
-        axes: shape per layer and domain, in letters: E experts.
-        meaning: the definition; sums run over the tokens routed to the expert unless it says otherwise. g is the weight
-            the model really multiplied the expert's output f(x) by.
-        merge: how two files combine.
-        integer: whether it counts.
-    """
-
-    axes: str
-    meaning: str
-    merge: Literal["sum", "max"] = "sum"
-    integer: bool = False
-
-    def shape(self, num_experts: int) -> tuple[int, ...]:
-        """Shape per layer and domain."""
-        return (num_experts,) * len(self.axes)
-
-
-STATISTICS: Mapping[str, Statistic] = {
-    "tokens": Statistic(axes="", meaning="tokens seen, padding left out", integer=True),
-    "count": Statistic(axes="E", meaning="tokens routed to the expert", integer=True),
-    "gate_sum": Statistic(axes="E", meaning="sum of g"),
-    "gate_sq_sum": Statistic(axes="E", meaning="sum of g²"),
-    "soft_prob_sum": Statistic(axes="E", meaning="sum over all tokens of softmax(router logits)"),
-    "norm_sum": Statistic(axes="E", meaning="sum of ‖f(x)‖"),
-    "norm_sq_sum": Statistic(axes="E", meaning="sum of ‖f(x)‖²"),
-    "gated_norm_sum": Statistic(axes="E", meaning="sum of g‖f(x)‖"),
-    "gated_norm_sq_sum": Statistic(axes="E", meaning="sum of (g‖f(x)‖)²"),
-    "max_abs_down": Statistic(axes="E", meaning="largest |element of f(x)|", merge="max"),
-    "pair_count": Statistic(axes="EE", meaning="tokens routed to both experts", integer=True),
-    "pair_gated_norm": Statistic(axes="EE", meaning="sum over those of g_i‖f_i(x)‖ g_j‖f_j(x)‖"),
-    "gram": Statistic(axes="EE", meaning="sum over those of ⟨g_i f_i(x), g_j f_j(x)⟩"),
-}
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class LayerArrays:
-    """The sums of one decoder layer by statistic, arrays of shape [domains, ...].
+    """What was measured on one decoder layer, by statistic.
 
     Attributes:
-        total: of all data.
+        total: sums of all data, [domains, ...].
         first_half: of half of it.
+        rows: what is known of single sequences, [S, ...].
+        facts: of the weights alone.
     """
 
     total: dict[str, AnyArray]
     first_half: dict[str, AnyArray]
+    rows: dict[str, AnyArray] = field(default_factory=dict)
+    facts: dict[str, AnyArray] = field(default_factory=dict)
 
 
 class LayerStatistics:
     """The statistics of one layer with the domains already weighted: ``layer.gated_norm_sum`` is an [E] array.
 
-    Reading one that was not collected raises :class:`StrategyError`.
+    What the weights alone say, and rows of single sequences, are as they were measured. Reading a statistic that was
+    not collected raises :class:`StrategyError`.
     """
 
-    def __init__(self, values: Mapping[str, AnyArray], *, layer: int, num_experts: int, seed: int = 0) -> None:
+    def __init__(
+        self,
+        values: Mapping[str, AnyArray],
+        *,
+        layer: int,
+        num_experts: int,
+        seed: int = 0,
+        weights: FloatArray | None = None,
+    ) -> None:
         self._values = values
+        self._weights = weights
         self._empty = not np.any(values.get("tokens", 0))
         self.layer = layer
         self.num_experts = num_experts
@@ -99,14 +79,26 @@ class LayerStatistics:
     def __getattr__(self, name: str) -> FloatArray:
         if name.startswith("__"):
             raise AttributeError(name)
-        if name not in STATISTICS:
-            raise StrategyError(f"there is no statistic {name!r}", nearest(name, STATISTICS))
-        if name not in self._values or self._empty:
-            raise StrategyError(
-                f"the statistics file has no {name!r} for layer {self.layer}",
-                "collect again with calibration data (--calibration)",
-            )
-        return np.asarray(self._values[name], dtype=np.float64)
+        statistic = find(name)
+        if statistic is None:
+            raise StrategyError(f"there is no statistic {name!r}", nearest(name, BUILTIN))
+        if name not in self._values or (self._empty and statistic.by_domain):
+            raise StrategyError(f"the statistics file has no {name!r} for layer {self.layer}", self._how_to_get(name))
+        values = np.asarray(self._values[name])
+        return values if statistic.integer and not statistic.by_domain else values.astype(np.float64, copy=False)
+
+    def _how_to_get(self, name: str) -> str:
+        if name in FACTS:
+            return "collect again: it is read from the model's weights"
+        if name in STATISTICS or self._empty:
+            return "collect again with calibration data (--calibration)"
+        return f"collect again with --statistics {name}"
+
+    @property
+    def path_weight(self) -> FloatArray:
+        """Weights [S] of the sequences that rows are of: those of their domains."""
+        domain_S = np.asarray(self.path_domain, dtype=np.int64)
+        return np.ones(len(domain_S)) if self._weights is None else self._weights[domain_S]
 
     @property
     def rng(self) -> np.random.Generator:
@@ -130,6 +122,9 @@ class RouterStatistics:
         inputs: fingerprints: ``model`` and ``calibration``.
         provenance: where the calibration data came from, one entry per source.
         first_half: the same arrays of half of the calibration data, for the layers of which they are known.
+        facts: what the weights alone say, by decoder layer and statistic; without an axis of domains.
+        rows: what is known of single sequences, arrays of shape [S, ...] by decoder layer and statistic.
+        sizes: of the axes H and I, where a statistic has them.
     """
 
     domains: tuple[str, ...]
@@ -140,6 +135,9 @@ class RouterStatistics:
     inputs: Mapping[str, str]
     provenance: Sequence[Mapping[str, Any]] = ()
     first_half: Mapping[int, Mapping[str, AnyArray]] = field(default_factory=dict)
+    facts: Mapping[int, Mapping[str, AnyArray]] = field(default_factory=dict)
+    rows: Mapping[int, Mapping[str, AnyArray]] = field(default_factory=dict)
+    sizes: Mapping[str, int] = field(default_factory=dict)
 
     @classmethod
     def of_layers(
@@ -174,11 +172,29 @@ class RouterStatistics:
             inputs=inputs,
             provenance=provenance,
             first_half={index: arrays.first_half for index, arrays in sorted(layers.items())},
+            facts={index: arrays.facts for index, arrays in sorted(layers.items()) if arrays.facts},
+            rows={index: arrays.rows for index, arrays in sorted(layers.items()) if arrays.rows},
+            sizes=_sizes_of(one for arrays in layers.values() for one in (arrays.facts, _undomained(arrays.total))),
         )
 
     @classmethod
-    def empty(cls, layers: Iterable[int], *, num_experts: int, top_k: int, model: str) -> RouterStatistics:
-        """Statistics of no data, for strategies that need none; ``model`` is the checkpoint's fingerprint."""
+    def empty(
+        cls,
+        layers: Iterable[int],
+        *,
+        num_experts: int,
+        top_k: int,
+        model: str,
+        facts: Mapping[int, Mapping[str, AnyArray]] | None = None,
+    ) -> RouterStatistics:
+        """Statistics of no data, for strategies that need none.
+
+        Args:
+            layers: decoder layers with experts.
+            num_experts, top_k: see the class.
+            model: the checkpoint's fingerprint.
+            facts: what its weights say.
+        """
         nothing = {
             name: np.zeros((0, *statistic.shape(num_experts)), dtype=np.int64 if statistic.integer else np.float64)
             for name, statistic in STATISTICS.items()
@@ -190,6 +206,8 @@ class RouterStatistics:
             layers=dict.fromkeys(layers, nothing),
             command={"stage": "collect"},
             inputs={"model": model},
+            facts=facts or {},
+            sizes=_sizes_of((facts or {}).values()),
         )
 
     @property
@@ -210,13 +228,19 @@ class RouterStatistics:
             ConfigError: a weight for a domain that is not there, or no positive weight.
         """
         factors = domain_weights(self.domains, weights)
-        arrays = self.layers[index]
-        values = _Lazy(arrays, lambda name: self._combine(name, arrays[name], factors))
-        return LayerStatistics(values, layer=index, num_experts=self.num_experts, seed=seed)
+        arrays, facts, rows = self.layers[index], self.facts.get(index, {}), self.rows.get(index, {})
+
+        def make(name: str) -> AnyArray:
+            if name in arrays:
+                return self._combine(name, arrays[name], factors)
+            return facts[name] if name in facts else rows[name]
+
+        values = _Lazy([*arrays, *facts, *rows], make)
+        return LayerStatistics(values, layer=index, num_experts=self.num_experts, seed=seed, weights=factors)
 
     @staticmethod
     def _combine(name: str, array: AnyArray, factors: FloatArray) -> AnyArray:
-        if STATISTICS[name].merge == "max":
+        if known(name).merge == "max":
             used = array[factors > 0]
             return used.max(axis=0) if len(used) else np.zeros(array.shape[1:])
         return np.tensordot(factors, array, axes=1)
@@ -226,20 +250,21 @@ class RouterStatistics:
 
         Returns:
             The statistics of each half, of the layers of which they are known. What is no sum, such as the largest
-            value, is that of all data in both.
+            value, is that of all data in both. Of single sequences every other one of a domain is in each.
         """
 
-        def half_of(part: Callable[[AnyArray, AnyArray], AnyArray]) -> RouterStatistics:
+        def half_of(half: int, part: Callable[[AnyArray, AnyArray], AnyArray]) -> RouterStatistics:
             layers = {layer: self._half(layer, part) for layer in self.first_half}
-            return dataclasses.replace(self, layers=layers, first_half={})
+            rows = {layer: _rows_of_half(arrays, half) for layer, arrays in self.rows.items()}
+            return dataclasses.replace(self, layers=layers, first_half={}, rows=rows)
 
-        return half_of(lambda _, first: first), half_of(lambda total, first: total - first)
+        return half_of(0, lambda _, first: first), half_of(1, lambda total, first: total - first)
 
     def _half(self, layer: int, part: Callable[[AnyArray, AnyArray], AnyArray]) -> Mapping[str, AnyArray]:
         total, first = self.layers[layer], self.first_half[layer]
 
         def make(name: str) -> AnyArray:
-            return part(total[name], first[name]) if STATISTICS[name].merge == "sum" else total[name]
+            return part(total[name], first[name]) if known(name).merge == "sum" else total[name]
 
         return _Lazy(first, make)
 
@@ -259,23 +284,29 @@ class RouterStatistics:
 
     def _pieces(self) -> Iterator[bytes]:
         """The file: its header, and one array after the other."""
+        parts = {"layers": self.layers, "first_half": self.first_half, "weights": self.facts, "sequences": self.rows}
         entries = [
-            (f"{part}.{layer}.{name}", name, layers[layer])
-            for part, layers in (("layers", self.layers), ("first_half", self.first_half))
+            (f"{part}.{layer}.{name}", name, self._stored_shape(name, layers[layer]), layers[layer])
+            for part, layers in parts.items()
             for layer in sorted(layers)
-            for name in STATISTICS
-            if name in layers[layer]
+            for name in in_order(layers[layer])
         ]
-        shapes = {name: (len(self.domains), *STATISTICS[name].shape(self.num_experts)) for name in STATISTICS}
         yield safetensors_header(
             (
-                (key, "I64" if STATISTICS[name].integer else "F64", shapes[name], 8 * math.prod(shapes[name]))
-                for key, name, _ in entries
+                (key, "I64" if known(name).integer else "F64", shape, 8 * math.prod(shape))
+                for key, name, shape, _ in entries
             ),
             self._metadata(),
         )
-        for _, name, arrays in entries:
-            yield _on_disk(name, arrays[name]).reshape(shapes[name]).tobytes()
+        for _, name, shape, arrays in entries:
+            yield _on_disk(name, arrays[name]).reshape(shape).tobytes()
+
+    def _stored_shape(self, name: str, arrays: Mapping[str, AnyArray]) -> tuple[int, ...]:
+        statistic = known(name)
+        if "S" in statistic.axes:
+            return arrays[name].shape
+        domains = (len(self.domains),) if statistic.by_domain else ()
+        return (*domains, *statistic.shape(self.num_experts, self.sizes))
 
     def _metadata(self) -> dict[str, str]:
         described = envelope(SCHEMA, self.command, self.inputs) | {
@@ -284,6 +315,8 @@ class RouterStatistics:
             "top_k": self.top_k,
             "provenance": [dict(entry) for entry in self.provenance],
         }
+        if self.sizes:
+            described["sizes"] = dict(sorted(self.sizes.items()))
         return {key: value if isinstance(value, str) else json.dumps(value) for key, value in described.items()}
 
     @classmethod
@@ -307,17 +340,50 @@ class RouterStatistics:
         domains, num_experts, inputs = tuple(read("domains", list)), read("num_experts", int), read("inputs", dict)
         if not all(isinstance(label, str) for label in (*domains, *inputs.values())) or len({*domains}) < len(domains):
             raise ArtifactError(f"{path}: the domains or inputs in its header are no distinct labels")
-        layers, first_half = _stored_layers(file, len(domains), num_experts, path)
+        sizes = read("sizes", dict) if "sizes" in metadata else {}
+        if not all(type(size) is int and size > 0 for size in sizes.values()):
+            raise ArtifactError(f"{path}: the sizes in its header are no whole numbers above 0")
+        parts = _stored_layers(file, len(domains), {"E": num_experts, **sizes}, path)
         return cls(
             domains=domains,
             num_experts=num_experts,
             top_k=read("top_k", int),
-            layers=layers,
+            layers=parts["layers"],
             command=read("command", dict),
             inputs=inputs,
             provenance=tuple(read("provenance", list)),
-            first_half=first_half,
+            first_half=parts["first_half"],
+            facts=parts["weights"],
+            rows=parts["sequences"],
+            sizes=sizes,
         )
+
+
+def known(name: str) -> Statistic:
+    """The statistic of a name that was read or measured before."""
+    statistic = find(name)
+    assert statistic is not None, name  # noqa: S101 - names are checked where they come in
+    return statistic
+
+
+def _undomained(arrays: Mapping[str, AnyArray]) -> dict[str, AnyArray]:
+    """Sums of the first domain, if there is one, for their shapes."""
+    return {name: array[0] for name, array in arrays.items() if len(array)}
+
+
+def _sizes_of(layers: Iterable[Mapping[str, AnyArray]]) -> dict[str, int]:
+    """Sizes of the axes other than E, from arrays by statistic."""
+    sizes: dict[str, int] = {}
+    for arrays in layers:
+        for name, array in arrays.items():
+            sizes |= dict(zip(known(name).axes, array.shape, strict=True))
+    sizes.pop("E", None)
+    return sizes
+
+
+def _rows_of_half(arrays: Mapping[str, AnyArray], half: int) -> Mapping[str, AnyArray]:
+    own = arrays["path_row"] % 2 == half
+    return {name: array[own] for name, array in arrays.items()}
 
 
 def domain_weights(domains: Sequence[str], weights: Mapping[str, float] | None) -> FloatArray:
@@ -386,17 +452,20 @@ def _put_together(first: RouterStatistics, second: RouterStatistics) -> RouterSt
         first,
         layers=dict(sorted({**first.layers, **second.layers}.items())),
         first_half=dict(sorted({**first.first_half, **second.first_half}.items())),
+        facts=dict(sorted({**first.facts, **second.facts}.items())),
+        rows=dict(sorted({**first.rows, **second.rows}.items())),
+        sizes={**first.sizes, **second.sizes},
         command=_merged_command((first, second)),
     )
 
 
 def _added_up(parts: Sequence[RouterStatistics]) -> RouterStatistics:
     """The sums of statistics of the same layers."""
-    first = parts[0]
+    filled = [part for part in parts if part.tokens]
+    first = filled[0] if filled else parts[0]
     for part in parts:
         _check_same_layers(first, part)
     domains = tuple(dict.fromkeys(domain for part in parts for domain in part.domains))
-    filled = [part for part in parts if part.tokens]
     halved = [layer for layer in first.layers if filled and all(layer in part.first_half for part in filled)]
     calibrations = sorted(
         source for part in parts for source in part.inputs.get("calibration", "").split("+") if source
@@ -405,11 +474,18 @@ def _added_up(parts: Sequence[RouterStatistics]) -> RouterStatistics:
         first,
         domains=domains,
         layers={
-            layer: _sums(domains, [(part.domains, part.layers[layer]) for part in parts]) for layer in first.layers
+            layer: _sums(domains, [(part.domains, part.layers[layer]) for part in filled or parts])
+            for layer in first.layers
         },
         first_half={
             layer: _sums(domains, [(part.domains, part.first_half[layer]) for part in filled]) for layer in halved
         },
+        facts=next((part.facts for part in parts if part.facts), {}),
+        rows={
+            layer: _joined(domains, [(part.domains, part.rows[layer]) for part in parts if layer in part.rows])
+            for layer in first.rows
+        },
+        sizes={letter: size for part in parts for letter, size in part.sizes.items()},
         command=_merged_command(parts),
         inputs={**first.inputs, "calibration": "+".join(calibrations)},
         provenance=tuple(entry for part in parts for entry in part.provenance),
@@ -429,8 +505,15 @@ def _check_same_layers(first: RouterStatistics, part: RouterStatistics) -> None:
             "the statistics files are of different layers and of different calibration data",
             "merge the slices of one collection first",
         )
-    if any(set(first.layers[layer]) != set(part.layers[layer]) for layer in shared):
-        raise ArtifactError("the statistics files do not hold the same statistics")
+    if not part.tokens:
+        return  # of no data, and of no more statistics than every file has
+    if (
+        any(set(first.layers[layer]) != set(part.layers[layer]) for layer in shared)
+        or first.rows.keys() != part.rows.keys()
+    ):
+        raise ArtifactError(
+            "the statistics files do not hold the same statistics", "collect them with the same --statistics"
+        )
 
 
 def _sums(
@@ -449,9 +532,22 @@ def _sums(
     return _Lazy(parts[0][1], make)
 
 
+def _joined(
+    domains: tuple[str, ...], parts: Sequence[tuple[tuple[str, ...], Mapping[str, AnyArray]]]
+) -> Mapping[str, AnyArray]:
+    """Rows of single sequences, one part's after the other's, with their domains renumbered."""
+
+    def rows(labels: tuple[str, ...], name: str, array: AnyArray) -> AnyArray:
+        return np.array([domains.index(labels[int(row)]) for row in array]) if name == "path_domain" else array
+
+    return {
+        name: np.concatenate([rows(labels, name, arrays[name]) for labels, arrays in parts]) for name in parts[0][1]
+    }
+
+
 def added(name: str, first: AnyArray, second: AnyArray) -> AnyArray:
     """Two arrays of one statistic together, by its merge rule."""
-    return np.maximum(first, second) if STATISTICS[name].merge == "max" else first + second
+    return np.maximum(first, second) if known(name).merge == "max" else first + second
 
 
 def _merged_command(parts: Sequence[RouterStatistics]) -> dict[str, Any]:
@@ -507,36 +603,58 @@ def _decode(metadata: Mapping[str, str], path: PathLike, key: str, kind: type[An
 
 
 def _on_disk(name: str, array: AnyArray) -> AnyArray:
-    return np.ascontiguousarray(array, dtype="<i8" if STATISTICS[name].integer else "<f8")
+    return np.ascontiguousarray(array, dtype="<i8" if known(name).integer else "<f8")
+
+
+_PARTS = ("layers", "first_half", "weights", "sequences")
 
 
 def _stored_layers(
-    file: Any, domains: int, num_experts: int, path: PathLike
-) -> tuple[dict[int, Mapping[str, AnyArray]], dict[int, Mapping[str, AnyArray]]]:
-    """The layers of all data and of its first half, of a file whose header says what it should."""
+    file: Any, domains: int, sizes: Mapping[str, int], path: PathLike
+) -> dict[str, dict[int, Mapping[str, AnyArray]]]:
+    """The layers by part of a file whose header says what it should."""
     names: dict[tuple[str, int], list[str]] = {}
     for key in file.keys():  # noqa: SIM118 - not a mapping
-        parts = re.fullmatch(r"(layers|first_half)\.(0|[1-9][0-9]{0,8})\.(\w+)", key)
-        if parts is None or parts[3] not in STATISTICS:
-            raise ArtifactError(f"{path} holds an unknown statistic {key!r}", "was it made by a newer version?")
-        expected = (domains, *STATISTICS[parts[3]].shape(num_experts))
-        _check_stored(file.get_slice(key), key, expected, integer=STATISTICS[parts[3]].integer, path=path)
-        names.setdefault((parts[1], int(parts[2])), []).append(parts[3])
+        part, layer, name = _read_key(key, path)
+        stored, statistic = file.get_slice(key), known(name)
+        free = {"S": stored.get_shape()[0]} if stored.get_shape() else {}
+        try:
+            expected = statistic.shape(sizes["E"], {**sizes, **free})
+        except KeyError as error:
+            raise ArtifactError(f"{path} has no size of the axis {error} in its header") from error
+        expected = (domains, *expected) if statistic.by_domain else expected
+        _check_stored(stored, key, expected, integer=statistic.integer, path=path)
+        names.setdefault((part, layer), []).append(name)
+    parts: dict[str, dict[int, Mapping[str, AnyArray]]] = {part: {} for part in _PARTS}
+    for (part, layer), held in sorted(names.items()):
+        parts[part][layer] = _Lazy(held, functools.partial(_read, file, path, f"{part}.{layer}"))
+    _check_parts(parts, path)
+    return parts
 
-    def stored(part: str) -> dict[int, Mapping[str, AnyArray]]:
-        layers = sorted(layer for kind, layer in names if kind == part)
-        return {
-            layer: _Lazy(names[part, layer], functools.partial(_read, file, path, f"{part}.{layer}"))
-            for layer in layers
-        }
 
-    layers, first_half = stored("layers"), stored("first_half")
+def _read_key(key: str, path: PathLike) -> tuple[str, int, str]:
+    """Part, layer and statistic of a tensor's name."""
+    found = re.fullmatch(rf"({'|'.join(_PARTS)})\.(0|[1-9][0-9]{{0,8}})\.(\w+)", key)
+    statistic = find(found[3]) if found else None
+    homes = {"weights": "weights", "sequences": "sequences"}
+    if found is None or statistic is None or (found[1] if found[1] in homes else "") != homes.get(statistic.point, ""):
+        raise ArtifactError(
+            f"{path} holds an unknown statistic {key!r}", "was it made by a newer version, or with another plug-in?"
+        )
+    return found[1], int(found[2]), found[3]
+
+
+def _check_parts(parts: Mapping[str, Mapping[int, Mapping[str, AnyArray]]], path: PathLike) -> None:
+    layers = parts["layers"]
     if not layers:
         raise ArtifactError(f"{path} holds no layers")
-    for layer, arrays in first_half.items():
+    for layer, arrays in parts["first_half"].items():
         if set(arrays) != set(layers.get(layer, ())):
             raise ArtifactError(f"{path}: the first half of layer {layer} does not hold the statistics of the whole")
-    return layers, first_half
+    for part in ("weights", "sequences"):
+        odd = sorted(parts[part].keys() - layers.keys())
+        if odd:
+            raise ArtifactError(f"{path} holds {part} of layer {odd[0]} and none of its sums")
 
 
 def _check_stored(stored: Any, key: str, expected: tuple[int, ...], *, integer: bool, path: PathLike) -> None:

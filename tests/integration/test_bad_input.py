@@ -231,6 +231,34 @@ EVALUATIONS = [
     Case("nothing to compare", "compare {root} {root}", "holds no lm-eval results", "--log_samples"),
     Case("metric without a task", "compare {root} {root} --metrics acc", "'acc' is not NAME=VALUE", "a=1,b=2"),
 ]
+TEXT = "eval {base} {plan} --text {ids} -o report"
+TEXTS = [
+    Case("no kind", "eval {base} {base} -o report", "either --tasks or --text", "perplexity"),
+    Case("both kinds", TEXT + " --tasks a", "either --tasks or --text", "perplexity"),
+    Case("two checkpoints", "eval {base} {base} {base} --tasks a -o report", "one checkpoint, not 2", "--text"),
+    Case("limit", TEXT + " --limit 5", "--limit does nothing with --text", "leave it out"),
+    Case("backend", TEXT + " --model hf", "--model does nothing with --text", "leave it out"),
+    Case("gate", TEXT + " --fail-on loss", "--fail-on does nothing with --text", "leave it out"),
+    Case("memory of tasks", EVAL + " --memory 1GB", "--memory does nothing with --tasks", "leave it out"),
+    Case("streamed tasks", EVAL + " --no-stream", "--stream does nothing with --tasks", "leave it out"),
+    Case("dry run of tasks", EVAL + " --dry-run", "--dry-run does nothing with --tasks", "leave it out"),
+    Case("no plan", "eval {base} --text {ids} -o report", "PRUNED", "moeprune eval --help"),
+    Case("plan missing", "eval {base} gone.json --text {ids} -o report", "cannot read gone.json", ""),
+    Case("plan that is none", "eval {base} {ids} --text {ids} -o report", "is not valid JSON", ""),
+    Case("not pruned", "eval {base} {base} --text {ids} -o report", "no checkpoint that moeprune wrote", "apply"),
+    Case("another model", "eval {tuned} {plan} --text {ids} -o report", "plan: the plan was made for another", "this"),
+    Case("report", "eval {base} {plan} --text {ids} -o full", "full is not empty", "--overwrite"),
+    Case("text missing", "eval {base} {plan} --text gone.jsonl -o report", "no calibration file 'gone.jsonl'", ""),
+    Case("text outside", "eval {base} {plan} --text {outside} -o report", "token id 97 is outside", ""),
+    Case("one document", TEXT + " --num-samples 1", "at least two documents", "intervals"),
+    Case("one token each", TEXT + " --max-length 1", "at least two documents", "intervals"),
+    Case("no batch", TEXT + " --batch-tokens 0", "--batch-tokens must be at least 1", "default"),
+    Case("unknown dtype", TEXT + " --dtype float23", "'float23'", "bfloat16"),
+    Case("unknown device", TEXT + " --device cuda:99", "--device cuda:99: there are", "--device cpu"),
+    Case("memory of a whole", TEXT + " --no-stream --memory 1GB", "--memory bounds a pass layer by layer", "leave"),
+    Case("no memory", TEXT + " --stream --memory 1kB", "one layer with a single expert at a time takes", "--memory"),
+    Case("no memory, dry", TEXT + " --memory 1kB --dry-run", "one layer with a single expert at a time", "--memory"),
+]
 
 
 @pytest.mark.parametrize("case", MODELS + BUDGETS + OUTPUTS + ARTIFACTS + DATA, ids=lambda case: case.name)
@@ -241,7 +269,7 @@ def test_bad_input_is_refused(refuse: Refuse, case: Case) -> None:
     assert case.hint in hint
 
 
-@pytest.mark.parametrize("case", OPTIONS + EVALUATIONS, ids=lambda case: case.name)
+@pytest.mark.parametrize("case", OPTIONS + EVALUATIONS + TEXTS, ids=lambda case: case.name)
 def test_bad_options_are_refused(refuse: Refuse, case: Case) -> None:
     """Options that cannot work are refused before any work, the ones of later stages too."""
     error, hint = refuse(case.command)

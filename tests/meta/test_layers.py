@@ -19,13 +19,13 @@ FILES = {
 # From the bottom to the top; a name stands for a module, or for a package with all of its modules.
 LAYERS = (
     {"errors", "_files", "_version"},
-    {"statistics", "plans", "architectures", "headers"},
+    {"catalogue", "statistics", "plans", "architectures", "headers"},
     {"strategies", "checkpoint", "experts"},
     {"streaming"},
-    {"calibration", "collectors", "rewrite", "runtime", "evaluation", "engines", "stability"},
+    {"calibration", "collectors", "rewrite", "runtime", "evaluation", "engines", "stability", "budgets"},
     {"planner", "_options"},
-    {"collecting"},
-    {"pipeline"},
+    {"collecting", "choosing"},
+    {"pipeline", "scoring", "reconstructing"},
     {"oneshot"},
     {"_cli_options", "_cli_output"},
     {"_cli_run"},
@@ -36,6 +36,7 @@ LAYERS = (
 SIDEWAYS = {
     ("_files", "errors"),
     ("_files", "_version"),
+    ("statistics", "catalogue"),
     ("collectors", "calibration"),
     ("evaluation", "runtime"),
     ("runtime", "collectors"),

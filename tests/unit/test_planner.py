@@ -21,6 +21,8 @@ from moeprune.planner import RARE, Decisions, coverage_warnings, derive, make_pl
 from moeprune.plans import Budget, LayerPlan
 from moeprune.rewrite.drop import apply_drop
 from moeprune.statistics import STATISTICS, RouterStatistics
+from moeprune.strategies import GlobalCriterion
+from moeprune.strategies.criterion import Layers
 
 E, TOP_K, HIDDEN = 16, 2, 4
 QWEN = {"model_type": "qwen3_moe", "num_experts": E, "num_experts_per_tok": TOP_K}
@@ -545,3 +547,87 @@ def test_no_data_is_no_warning_about_data(checkpoint: Checkpoint) -> None:
     """Statistics of no data have no coverage to complain about."""
     nothing = RouterStatistics.empty(checkpoint.moe_layers, num_experts=E, top_k=TOP_K, model="")
     assert coverage_warnings(nothing) == []
+
+
+# --- domains and layers together --------------------------------------------------------------------------------------
+
+
+def two_domains() -> NDArray[Any]:
+    """Gated masses: a large domain on the first half of the experts, a small one on the second."""
+    mass_DE = np.zeros((2, E))
+    mass_DE[0, : E // 2], mass_DE[1, E // 2 :] = 1000.0 + np.arange(8), 1.0 + np.arange(8)
+    return mass_DE
+
+
+def test_maxmin_serves_a_small_domain_as_well_as_a_large_one(checkpoint: Checkpoint) -> None:
+    """By sums all experts of the large one stay; by shares half of each, and the plan says how it was made."""
+    measured = statistics_of(checkpoint, domains=("large", "small"), gated_norm_sum=two_domains())
+    by_sum = make_plan(checkpoint, measured, wanted(strategy="gated-norm", guard=False))
+    assert by_sum.layers[0].keep == tuple(range(8))
+    assert min(by_sum.coverage.values()) == 0
+    blended = make_plan(checkpoint, measured, wanted(strategy="gated-norm", guard=False, blend="maxmin"))
+    assert min(blended.coverage.values()) > 0.55
+    assert blended.command["blend"] == "maxmin"
+    assert "blend" not in by_sum.command
+
+
+def test_maxmin_leaves_out_a_domain_of_weight_0(checkpoint: Checkpoint) -> None:
+    """Whatever it would need."""
+    measured = statistics_of(checkpoint, domains=("large", "small"), gated_norm_sum=two_domains())
+    asked = wanted(strategy="gated-norm", guard=False, blend="maxmin", weights={"small": 0})
+    assert make_plan(checkpoint, measured, asked).layers[0].keep == tuple(range(8))
+
+
+def test_the_best_experts_of_each_domain_can_be_protected(checkpoint: Checkpoint) -> None:
+    """They stay in every layer, in turns as far as there is room, beside those that the user protects."""
+    measured = statistics_of(checkpoint, domains=("large", "small"), gated_norm_sum=two_domains())
+    asked = wanted(strategy="gated-norm", guard=False, protect_top=2)
+    plan = make_plan(checkpoint, measured, asked)
+    assert plan.layers[0].keep == (*range(2, 8), 14, 15)
+    assert plan.strategy["protected"] == {"0": [6, 7, 14, 15], "1": [6, 7, 14, 15]}
+    assert plan.command["protect_top"] == 2
+    crowded = make_plan(checkpoint, measured, dataclasses.replace(asked, protect_top=16, protect={0: {0, 8}}))
+    assert crowded.layers[0].keep == (0, 5, 6, 7, 8, 13, 14, 15)
+    only = make_plan(checkpoint, measured, dataclasses.replace(asked, weights={"small": 0}))
+    assert only.strategy["protected"] == {"0": [6, 7], "1": [6, 7]}
+
+
+@pytest.mark.parametrize(
+    ("changes", "why"),
+    [
+        ({"blend": "mean"}, "--blend must be sum or maxmin, not 'mean'"),
+        ({"protect_top": -1}, "--protect-top must be at least 0"),
+        ({"blend": "maxmin", "weights": {"default": 2}}, "finds the weights of the domains itself"),
+    ],
+)
+def test_ways_to_blend_that_are_not_there(checkpoint: Checkpoint, changes: dict[str, Any], why: str) -> None:
+    """Refused before anything is read."""
+    with pytest.raises(ConfigError, match=why):
+        make_plan(checkpoint, statistics_of(checkpoint), wanted(**changes))
+
+
+@pytest.mark.parametrize("changes", [{"blend": "maxmin"}, {"protect_top": 1}])
+def test_domains_need_calibration_data(checkpoint: Checkpoint, changes: dict[str, Any]) -> None:
+    """A strategy that needs none does not make up for it."""
+    nothing = RouterStatistics.empty(checkpoint.moe_layers, num_experts=E, top_k=TOP_K, model=checkpoint.fingerprint)
+    with pytest.raises(StrategyError, match="has no 'gated_norm_sum' for layer 0"):
+        make_plan(checkpoint, nothing, wanted(strategy="random", **changes))
+
+
+def test_a_criterion_over_all_layers_sees_all_of_them_at_once(with_mtp: Checkpoint) -> None:
+    """One call for all decoder layers with the domains weighted; the MTP layer follows the last, statistics or not."""
+    seen = []
+
+    @GlobalCriterion
+    def across(layers: Layers) -> dict[int, NDArray[Any]]:
+        seen.append([*layers])
+        return {layer: np.roll(stats.count, layer) for layer, stats in layers.items()}
+
+    measured = statistics_of(with_mtp)
+    measured = dataclasses.replace(measured, layers={**measured.layers, 2: measured.layers[0]})
+    plan = make_plan(with_mtp, measured, wanted(strategy=across))
+    assert seen == [[0, 1]]
+    assert plan.layers[0].keep == tuple(range(8, E))
+    assert plan.layers[1].keep == (0, *range(9, E))
+    assert plan.layers[2].copied_from == 1
+    assert plan.strategy["name"] == "across"

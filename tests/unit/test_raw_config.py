@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moeprune.errors import LayoutError, PlanError
-from moeprune.rewrite.raw_config import edit_json, edit_names
+from moeprune.rewrite.raw_config import add_to_json, edit_json, edit_names
 
 KEYS = st.sampled_from(["num_experts", "n_routed_experts", "num", "x", 'quo"te', "ünï", "a\\b"]) | st.text(
     st.characters(exclude_characters=".", exclude_categories=["Cs"]), max_size=5
@@ -206,3 +206,42 @@ def test_absurd_nesting_is_refused() -> None:
     """The reader runs out of stack and says so in one line."""
     with pytest.raises(LayoutError, match="nested too deeply"):
         edit_names('{"a":' + "[" * 5000 + "]" * 5000 + "}", drop_and_shift, "config.json")
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ('{"a": 1}', '{"a": 1,"new": [2]}'),
+        ('{\n  "a": 1,\n  "b": {"c": 3}\n}\n\n', '{\n  "a": 1,\n  "b": {"c": 3},\n  "new": [2]\n}\n\n'),
+        (' { "a" : 1 } ', ' { "a" : 1, "new": [2] } '),
+    ],
+)
+def test_a_new_key_looks_like_those_before_it(text: str, expected: str) -> None:
+    """It comes last, indented as they are, and every other byte stays."""
+    assert add_to_json(text, {"new": [2]}) == expected
+    assert json.loads(expected)["new"] == [2]
+
+
+def test_new_keys_reach_into_a_nested_object() -> None:
+    """A dotted key goes where it belongs; of an object that is there twice into the one that readers take."""
+    text = '{"text": {"x": 0}, "b": 1, "text": {"y": 0}}'
+    assert add_to_json(text, {"text.new": 2, "z": 3}) == '{"text": {"x": 0}, "b": 1, "text": {"y": 0,"new": 2},"z": 3}'
+
+
+@pytest.mark.parametrize(
+    ("text", "key"), [('{"new": 1}', "new"), ('{"a": 1}', "b.new"), ("{}", "new"), ('{"b": 1}', "b.new")]
+)
+def test_a_key_that_cannot_be_added(text: str, key: str) -> None:
+    """It is there already, or its object is not, or holds nothing."""
+    with pytest.raises(PlanError, match="no room for"):
+        add_to_json(text, {key: 2})
+
+
+@settings(deadline=None)
+@given(objects())
+def test_adding_keeps_what_is_there(drawn: tuple[list[Pair], list[str]]) -> None:
+    """Any object, in any formatting: the same keys and values, and one more."""
+    text = render(*drawn)
+    before = json.loads(text)
+    if before:
+        assert json.loads(add_to_json(text, {"a new key": None})) == {**before, "a new key": None}

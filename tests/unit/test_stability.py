@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -59,8 +60,8 @@ def compare(
 ) -> Stability | None:
     """The comparison for a strategy and a count to keep."""
 
-    def choose(part: RouterStatistics, layer: int) -> Selection:
-        return select(resolve(strategy)(part.layer(layer, weights)), keep)
+    def choose(part: RouterStatistics, layers: Sequence[int]) -> dict[int, Selection]:
+        return {layer: select(resolve(strategy)(part.layer(layer, weights)), keep) for layer in layers}
 
     return split_half(statistics, choose, statistics.layers)
 
@@ -232,6 +233,10 @@ def test_reliability_is_the_correlation_with_new_data() -> None:
 def test_halves_of_many_layers_keep_their_numbers() -> None:
     """Layers are looked up by their index on disk, and only those that are asked for."""
     made = statistics_of(*itertools.repeat((norms(*RISING), norms(*RISING)), 3))
-    found = split_half(made, lambda part, layer: select(part.layer(layer).gated_norm_sum, 6), [2, 0])
+
+    def choose(part: RouterStatistics, layers: Sequence[int]) -> dict[int, Selection]:
+        return {layer: select(part.layer(layer).gated_norm_sum, 6) for layer in layers}
+
+    found = split_half(made, choose, [2, 0])
     assert found is not None
     assert sorted(found.rank) == [0, 2]

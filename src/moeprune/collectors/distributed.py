@@ -144,18 +144,19 @@ def _meeting(ranks: Ranks) -> Iterator[None]:
     import torch.distributed as dist
     from torch.distributed.rendezvous import rendezvous
 
-    key = f"moeprune/{next(_MEETINGS)}"  # a launcher's store outlives the group
     with contextlib.ExitStack() as undo:
         try:
-            store, _, _ = next(rendezvous("env://", ranks.rank, ranks.size, timeout=_MEETING))
+            shared, _, _ = next(rendezvous("env://", ranks.rank, ranks.size, timeout=_MEETING))
+            meeting = f"moeprune/{next(_MEETINGS)}"  # a launcher's store outlives the group
+            store = dist.PrefixStore(meeting, shared)  # type: ignore[attr-defined]  # documented, not in __all__
             dist.init_process_group(_backend(), store=store, rank=ranks.rank, world_size=ranks.size, timeout=_WAITING)
             undo.callback(dist.destroy_process_group)
             line = lifeline(
                 ranks.rank,
                 ranks.size,
                 os.environ["MASTER_ADDR"],
-                tell=lambda invitation: store.set(key, invitation.hex()),
-                ask=lambda: bytes.fromhex(store.get(key).decode()),
+                tell=lambda invitation: store.set("lifeline", invitation.hex()),
+                ask=lambda: bytes.fromhex(store.get("lifeline").decode()),
                 timeout=_MEETING,
             )
             undo.enter_context(line)
@@ -291,8 +292,8 @@ def reduce_layers(layers: Mapping[int, LayerArrays], ranks: Ranks) -> Mapping[in
 
 
 def _reduce(arrays: LayerArrays, ranks: Ranks) -> LayerArrays | None:
-    """One layer, in one exchange."""
-    named = [*arrays.total.items(), *arrays.first_half.items()]
+    """One layer, in one exchange; every row of a sequence comes from one process and is 0 in the others."""
+    named = [*arrays.total.items(), *arrays.first_half.items(), *arrays.rows.items()]
     parts = _gather(b"".join(np.ascontiguousarray(array).tobytes() for _, array in named), ranks)
     if parts is None:
         return None
@@ -305,8 +306,13 @@ def _reduce(arrays: LayerArrays, ranks: Ranks) -> LayerArrays | None:
         for share in shares[1:]:  # in the order of the processes: float64 sums depend on it
             total = added(name, total, share)
         sums.append((name, total))
-    count = len(arrays.total)
-    return LayerArrays(total=dict(sums[:count]), first_half=dict(sums[count:]))
+    count, halves = len(arrays.total), len(arrays.total) + len(arrays.first_half)
+    return LayerArrays(
+        total=dict(sums[:count]),
+        first_half=dict(sums[count:halves]),
+        rows=dict(sums[halves:]),
+        facts=arrays.facts,  # of the weights, the same in every process
+    )
 
 
 def _read(data: bytes, like: AnyArray, position: int) -> AnyArray:

@@ -22,8 +22,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from moeprune._files import PathLike
+from moeprune.catalogue import PATHS, requested
 from moeprune.checkpoint import Checkpoint, open_checkpoint
+from moeprune.collectors.more import CORE, More, Request
+from moeprune.collectors.routes import Routes
 from moeprune.collectors.sums import LayerSums
+from moeprune.collectors.weights import facts_of, problem_of
 from moeprune.errors import ConfigError, MoePruneError, UnsupportedModelError, nearest
 from moeprune.experts import ExpertLayer, expert_layers, is_wrapped, slot_rows, wrapped_experts
 from moeprune.statistics import STATISTICS, AnyArray, LayerArrays, RouterStatistics, added
@@ -32,6 +36,8 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
     from transformers import PreTrainedModel
+
+    from moeprune.collectors.weights import Load
 
 PLAN_ATTRIBUTE = "moeprune_plan"  # where a model that was pruned in place keeps its plan
 _TOLERANCE = {4: 1e-5, 2: 2e-2}  # relative error of the rebuilt layer output, by bytes per element
@@ -52,16 +58,24 @@ class Observation:
         fingerprint: str,
         domains: Sequence[str] = (),
         layers: Collection[int] | None = None,
+        request: Request = CORE,
     ) -> None:
-        self.layers = {layer.experts: layer for layer in _chosen(expert_layers(model), layers)}  # by what is observed
+        found = expert_layers(model)
+        self.layers = {layer.experts: layer for layer in _chosen(found, layers)}  # by what is observed
+        self.more = More(request, found, [*self.layers.values()])
+        self.passed = {layer.experts: layer for layer in found if layer.experts not in self.layers}
+        self.load: Load | None = None  # gives the parameters of some experts, where the layer that runs holds none
         self._domain = domain
         self._announced = tuple(domains)
         self._domains = dict.fromkeys(domains)  # in the order of the result
         self._given_half: int | None = None
         self._passes: dict[str, int] = {}  # forward passes by domain, to tell whose turn it is
+        self._given: tuple[Sequence[int] | None, Routes | None] = None, None  # what was said of the running batch
+        self._numbers: dict[str, int] = {}  # sequences by domain
         self._fingerprint = fingerprint
         self._mask: torch.Tensor | None = None
         self._sums: dict[tuple[str, int, int], LayerSums] = {}  # by domain, half and layer
+        self._facts: dict[int, dict[str, AnyArray]] = {}  # of the weights, by layer
         self._unchecked = set(self.layers)
         self.paused = False  # then the model runs as if nobody looked
         self.slot_rows = 0  # (token, slot) rows that run at a time; 0 leaves it to the size of the layer
@@ -76,16 +90,26 @@ class Observation:
             self._domain = before
 
     @contextlib.contextmanager
-    def batch(self, domain: str, half: int) -> Iterator[None]:
-        """Label what runs inside the block with its domain and its half of the data, 0 or 1."""
+    def batch(
+        self, domain: str, half: int, *, rows: Sequence[int] | None = None, routes: Routes | None = None
+    ) -> Iterator[None]:
+        """Label what runs inside the block with its domain and its half of the data.
+
+        Args:
+            domain: label.
+            half: 0 or 1.
+            rows: the number of each sequence in its domain; else they are counted.
+            routes: where the tokens went before, if the layers run one at a time.
+        """
         if half not in {0, 1}:
             raise ConfigError(f"there is no half {half!r} of the calibration data", "the halves are 0 and 1")
-        before, self._given_half = self._given_half, half
+        before = self._given_half, self._given
+        self._given_half, self._given = half, (rows, routes)
         try:
             with self.domain(domain):
                 yield
         finally:
-            self._given_half = before
+            self._given_half, self._given = before
 
     # --- the three points -------------------------------------------------------------------------------------------
 
@@ -98,6 +122,7 @@ class Observation:
         self._count_pass(given.get("past_key_values"))
         mask, tokens = given.get("attention_mask"), given.get("input_ids")
         tokens = given.get("inputs_embeds") if tokens is None else tokens
+        self._begin_batch(tokens, given.get("past_key_values"))
         if mask is None or tokens is None:
             self._mask = None
         elif getattr(mask, "dim", int)() == 2:
@@ -116,7 +141,9 @@ class Observation:
         if logits is None:
             raise UnsupportedModelError(f"the router of layer {layer.index} returns no logits of its experts")
         logits_TE = logits.detach().reshape(-1, layer.num_experts)
-        self._sums_of(layer, logits.device).add_logits(logits_TE, self._valid_rows(len(logits_TE), logits.device))
+        sums, valid_T = self._sums_of(layer, logits.device), self._valid_rows(len(logits_TE), logits.device)
+        sums.add_logits(logits_TE, valid_T)
+        self.more.see_logits(layer, sums, logits_TE, valid_T)
 
     def run_experts(
         self,
@@ -141,15 +168,49 @@ class Observation:
         step = max(1, rows // top_k)
         valid_T = None if _recomputing() else self._valid_rows(tokens, hidden_TH.device)
         given = [torch.split(rows, step) for rows in (hidden_TH, index_TK, gates_TK)]
-        valid = torch.split(valid_T, step) if valid_T is not None else itertools.repeat(None)
-        slices = zip(*given, valid, strict=False)
+        others = [
+            torch.split(rows, step) if rows is not None else itertools.repeat(None)
+            for rows in (valid_T, self.more.residual(self.layers[experts]))
+        ]
+        slices = zip(*given, *others, strict=False)
         outputs = (self._run_slice(original, experts, *one) for one in slices)
         if torch.is_grad_enabled():
-            return torch.cat(list(outputs))
-        output_TH = torch.empty_like(hidden_TH)
-        for place, output in zip(torch.split(output_TH, step), outputs, strict=True):
-            place.copy_(output)
+            output_TH = torch.cat(list(outputs))
+        else:
+            output_TH = torch.empty_like(hidden_TH)
+            for place, output in zip(torch.split(output_TH, step), outputs, strict=True):
+                place.copy_(output)
+        self._see_layer(original, self.layers[experts], hidden_TH, index_TK, gates_TK)
         return output_TH
+
+    def pass_by(
+        self,
+        original: Callable[..., torch.Tensor],
+        experts: nn.Module,
+        hidden_TH: torch.Tensor,
+        index_TK: torch.Tensor,
+        gates_TK: torch.Tensor,
+    ) -> torch.Tensor:
+        """In place of experts that are not observed: see where the tokens go."""
+        if not self.paused:
+            self._see_layer(original, self.passed[experts], hidden_TH, index_TK, gates_TK)
+        return original(experts, hidden_TH, index_TK, gates_TK)
+
+    def _see_layer(self, original: Callable[..., torch.Tensor], layer: ExpertLayer, *rows: torch.Tensor) -> None:
+        import torch
+
+        if _recomputing():
+            return
+        device = rows[0].device
+        with torch.no_grad():
+            self.more.see_layer(
+                layer,
+                functools.partial(self._sums_of, device=device),
+                functools.partial(original, layer.experts),
+                self._domain,
+                self._valid_rows(len(rows[0]), device),
+                *(values.detach() for values in rows),
+            )
 
     def _run_slice(
         self,
@@ -159,6 +220,7 @@ class Observation:
         index_TK: torch.Tensor,
         gates_TK: torch.Tensor,
         valid_T: torch.Tensor | None,
+        residual_TH: torch.Tensor | None,
     ) -> torch.Tensor:
         import torch
 
@@ -172,6 +234,18 @@ class Observation:
                 self._check_once(original, experts, (hidden_TH, index_TK, gates_TK), output)
                 sums = self._sums_of(self.layers[experts], hidden_TH.device)
                 sums.add_slots(slots_TKH.detach(), index_TK, gates_TK.detach(), valid_T)
+                self.more.see_slots(
+                    self.layers[experts],
+                    sums,
+                    valid_T,
+                    self.load,
+                    hidden_TH=hidden_TH,
+                    experts_TK=index_TK,
+                    gates_TK=gates_TK,
+                    outputs_TKH=slots_TKH,
+                    routed_TH=output,
+                    residual_TH=residual_TH,
+                )
         return output
 
     # --- bookkeeping ------------------------------------------------------------------------------------------------
@@ -183,6 +257,17 @@ class Observation:
         if self._mask.shape[0] != count:
             raise ConfigError(f"the attention mask covers {self._mask.shape[0]} tokens, the layer sees {count}")
         return self._mask.to(device)
+
+    def _begin_batch(self, tokens: torch.Tensor | None, cache: Any) -> None:
+        """Note what a batch is: its shape, the numbers of its sequences, and that its tokens went nowhere yet."""
+        rows, routes = self._given
+        self.more.shape = (0, 0) if tokens is None else (tokens.shape[0], tokens.shape[1])
+        if rows is None and routes is None:
+            begun = getattr(cache, "get_seq_length", int)() > 0  # its first part was described
+            start = self._numbers.get(self._domain, 0)
+            rows = () if begun else range(start, start + self.more.shape[0])
+            self._numbers[self._domain] = start + len(rows)
+        self.more.rows, self.more.routes = tuple(rows or ()), routes or Routes()
 
     def _count_pass(self, cache: Any) -> None:
         """Note that a forward pass of the current domain begins; one that goes on with a cache is no new one."""
@@ -201,7 +286,7 @@ class Observation:
             if self._announced and self._domain not in self._announced:
                 raise ConfigError(f"domain {self._domain!r} was not announced", nearest(self._domain, self._announced))
             self._domains[self._domain] = None
-            self._sums[key] = LayerSums(layer.num_experts, device)
+            self._sums[key] = LayerSums(layer.num_experts, device, self.more.shapes(layer))
         return self._sums[key]
 
     def _check_once(
@@ -231,7 +316,14 @@ class Observation:
         """
         if not any(sums.tokens for sums in self._sums.values()):
             raise ConfigError("no token was observed", "run the model inside the block")
+        self.read_weights()
         return self.statistics(self.arrays(), command=command, inputs=inputs, **more)
+
+    def read_weights(self, index: int | None = None) -> None:
+        """Look at the weights of a layer, or of all layers, as they are now; those that are packed are left out."""
+        for experts, layer in self.layers.items():
+            if index in {None, layer.index} and not problem_of(experts, elsewhere=self.load is not None):
+                self._facts[layer.index] = facts_of(experts, self.more.facts, self.load)
 
     def arrays(self) -> dict[int, LayerArrays]:
         """The sums of every observed decoder layer up until now."""
@@ -266,20 +358,22 @@ class Observation:
         [layer] = [layer for layer in self.layers.values() if layer.index == index]
         arrays = self._arrays_of(layer)
         self._sums = {key: sums for key, sums in self._sums.items() if key[2] != index}
+        self.more.forget(index)
         return arrays
 
     def _arrays_of(self, layer: ExpertLayer) -> LayerArrays:
         first, second = (self._stacked(layer, half) for half in (0, 1))
-        total = {name: added(name, first[name], second[name]) for name in STATISTICS}
-        return LayerArrays(total=total, first_half=first)
+        total = {name: added(name, first[name], second[name]) for name in first}
+        rows = self.more.row_arrays(layer, tuple(self._domains))
+        return LayerArrays(total=total, first_half=first, rows=rows, facts=self._facts.get(layer.index, {}))
 
     def _stacked(self, layer: ExpertLayer, half: int) -> dict[str, AnyArray]:
         """Arrays [domains, ...] of one half of the data."""
         import torch
 
-        nothing = LayerSums(layer.num_experts, torch.device("cpu"))
+        nothing = LayerSums(layer.num_experts, torch.device("cpu"), self.more.shapes(layer))
         rows = [self._sums.get((domain, half, layer.index), nothing).arrays() for domain in self._domains]
-        return {name: np.stack([arrays[name] for arrays in rows]) for name in STATISTICS}
+        return {name: np.stack([arrays[name] for arrays in rows]) for name in (*STATISTICS, *self.more.summed)}
 
     def save(self, path: PathLike) -> Path:
         """Write the statistics file."""
@@ -337,6 +431,9 @@ def observe(
     like: PathLike | Checkpoint | None = None,
     layers: Collection[int] | None = None,
     domains: Sequence[str] = (),
+    statistics: Sequence[str] | str = (),
+    paths: int = PATHS,
+    sequences: Mapping[str, int] | None = None,
 ) -> Iterator[Observation]:
     """Observe every forward pass of a model inside the block.
 
@@ -352,6 +449,9 @@ def observe(
             loaded from.
         layers: decoder layers to observe; by default all that have experts.
         domains: labels in the order that the statistics shall have; by default that of their first batches.
+        statistics: names of what to measure beyond the core sums; ``all`` is everything.
+        paths: sequences of each domain that the statistics ``path_*`` describe: the first ones.
+        sequences: how many each domain has, where parts of them are seen by several processes.
 
     Yields:
         The observation; ``result()`` gives :class:`RouterStatistics`, ``save(path)`` writes them.
@@ -369,7 +469,16 @@ def observe(
     """
     model = _unwrapped(model)
     observation = Observation(
-        model, domain=domain, fingerprint=fingerprint_of(model, like), domains=domains, layers=layers
+        model,
+        domain=domain,
+        fingerprint=fingerprint_of(model, like),
+        domains=domains,
+        layers=layers,
+        request=Request(
+            statistics=requested([statistics] if isinstance(statistics, str) else statistics),
+            paths=paths,
+            sequences=sequences,
+        ),
     )
     if any(is_wrapped(experts, observation.run_experts) for experts in observation.layers):
         raise ConfigError("the model is being observed already", "label parts of the data with domain()")
@@ -384,7 +493,11 @@ def observe(
         for layer in observation.layers.values():
             after = functools.partial(_after_router, observation, layer)
             undo.callback(layer.router.register_forward_hook(after).remove)
-        undo.enter_context(wrapped_experts(model, dict.fromkeys(observation.layers, observation.run_experts)))
+        undo.enter_context(observation.more.hooks(model, [*observation.layers.values()]))
+        wrappers = dict.fromkeys(observation.layers, observation.run_experts)
+        if observation.more.follows:
+            wrappers |= dict.fromkeys(observation.passed, observation.pass_by)
+        undo.enter_context(wrapped_experts(model, wrappers))
         yield observation
 
 

@@ -6,12 +6,13 @@ own device, without a synchronisation per batch.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from moeprune.errors import MoePruneError
-from moeprune.statistics import AnyArray
+from moeprune.errors import ConfigError, MoePruneError
+from moeprune.statistics import AnyArray, known
 
 if TYPE_CHECKING:
     import torch
@@ -25,9 +26,16 @@ class LayerSums:
 
     Every sum has one place more than there are experts: padding is added there and thrown away, which is cheaper than
     picking the valid rows out of every tensor.
+
+    Args:
+        num_experts: how many there are.
+        device: where the layer is.
+        more: shapes of the statistics beyond the core ones, which :meth:`add` is for.
     """
 
-    def __init__(self, num_experts: int, device: torch.device) -> None:
+    def __init__(
+        self, num_experts: int, device: torch.device, more: Mapping[str, tuple[int, ...]] | None = None
+    ) -> None:
         import torch
 
         def zeros(*shape: int, dtype: torch.dtype = torch.float64) -> torch.Tensor:
@@ -43,6 +51,10 @@ class LayerSums:
         self._soft_prob = zeros(num_experts)
         self._pair_count = zeros(self._places**2, dtype=torch.int64)
         self._pairs = zeros(2, self._places**2)  # product of gated norms, inner product of gated outputs
+        self._more = {
+            name: zeros(*shape, dtype=torch.int64 if known(name).integer else torch.float64)
+            for name, shape in (more or {}).items()
+        }
 
     @property
     def tokens(self) -> int:
@@ -87,6 +99,26 @@ class LayerSums:
             total.index_add_(0, pair, values_TKK.reshape(-1).double())
         self._pair_count += torch.bincount(pair, minlength=self._places**2)
 
+    def add(self, name: str, value: torch.Tensor) -> None:
+        """Add what was measured on some tokens to a statistic beyond the core ones.
+
+        Raises:
+            ConfigError: it is not of the shape that the statistic says.
+        """
+        import torch
+
+        total = self._more[name]
+        if value.shape != total.shape:
+            raise ConfigError(
+                f"the statistic {name!r} gave an array of shape {tuple(value.shape)}, not of {tuple(total.shape)}",
+                f"its axes are {known(name).axes!r}",
+            )
+        value = value.to(device=total.device, dtype=total.dtype)
+        if known(name).merge == "max":
+            torch.maximum(total, value, out=total)
+        else:
+            total += value
+
     def arrays(self) -> dict[str, AnyArray]:
         """The sums as numpy arrays by statistic name.
 
@@ -108,6 +140,7 @@ class LayerSums:
             "pair_gated_norm": square(self._pairs[0]),
             "gram": square(self._pairs[1]),
         } | {name: values[:count] for name, values in zip(_COLUMNS, columns, strict=True)}
+        arrays |= {name: total.cpu().numpy() for name, total in self._more.items()}
         if (
             arrays["count"].sum() != self.tokens * self.top_k
             or (arrays["count"] != arrays["pair_count"].diagonal()).any()

@@ -6,6 +6,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
+from moeprune._files import progress
 from moeprune.errors import EvaluationError, PlanError
 from moeprune.evaluation.agreement import (
     Agreement,
@@ -88,6 +89,18 @@ class Evaluator(Protocol):
         """Score every plan on the same documents, in the order given."""
 
 
+def check_documents(sequences: Sequences) -> None:
+    """Refuse a text from which nothing can be said.
+
+    Raises:
+        EvaluationError: fewer than two documents with a token to predict.
+    """
+    if sum(len(ids) > 1 for ids in sequences) < 2:
+        raise EvaluationError(
+            "a plan is scored on at least two documents of two tokens or more", "intervals are over documents"
+        )
+
+
 def check_layers(keep: KeepLists, layers: Collection[int]) -> None:
     """Refuse keep-lists of layers that have no experts.
 
@@ -121,8 +134,7 @@ class ResidentEvaluator:
     """
 
     def __init__(self, model: PreTrainedModel, sequences: Sequences, batch_tokens: int = 8192) -> None:
-        if sum(len(ids) > 1 for ids in sequences) < 2:
-            raise EvaluationError("a plan is scored on at least two documents of two tokens or more")
+        check_documents(sequences)
         self._model, self._sequences, self._batch_tokens = model, sequences, batch_tokens
         self._layers = {layer.index: layer for layer in expert_layers(model)}
 
@@ -134,7 +146,8 @@ class ResidentEvaluator:
         """
         masks = [self._masks(keep) for keep in keeps]
         sums = [AgreementSums(len(self._sequences)) for _ in keeps]
-        for rows, ids_BT, mask_BT in batches(self._sequences, self._batch_tokens) if keeps else ():
+        passes = list(batches(self._sequences, self._batch_tokens)) if keeps else []
+        for rows, ids_BT, mask_BT in progress(passes, "evaluating", unit="batch"):
             base_BTV = logits_of(self._model, ids_BT, mask_BT)
             for plan_masks, plan_sums in zip(masks, sums, strict=True):
                 with applied(plan_masks):

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
+from typing import Any
 
 from moeprune._files import write_atomic
 from moeprune.evaluation.compare import EvalReport, SuiteComparison, TaskComparison
+
+Filters = Mapping[str, Callable[..., str]]
 
 _WIDTH = 110
 _HEAD = ("task", "n", "base", "pruned", "change", "95 % interval", "lost", "gained", "p", "verdict")
@@ -20,16 +24,22 @@ def write_report(report: EvalReport, folder: Path) -> None:
 
 def render_markdown(report: EvalReport) -> str:
     """The report as a Markdown page."""
+    filters: Filters = {"signed": _signed, "interval": _interval, "pvalue": _p_value, "score": _score}
+    units = "points" if all(row.unit == "points" for row in report.tasks) else "points, or the metric's own unit"
+    values = {"report": report, "banner": banner(report), "legend": legend(report), "units": units}
+    return render_template("report.md.j2", filters, **values)
+
+
+def render_template(name: str, filters: Filters, **values: Any) -> str:
+    """A Markdown page from one of our templates; its filter ``cell`` keeps any text inside a table's cell."""
     import jinja2
 
     environment = jinja2.Environment(  # noqa: S701 - Markdown, not HTML; `cell` escapes names
         trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True, undefined=jinja2.StrictUndefined
     )
-    environment.filters.update(cell=_cell, signed=_signed, interval=_interval, pvalue=_p_value, score=_score)
-    source = resources.files("moeprune.evaluation").joinpath("templates/report.md.j2").read_text(encoding="utf-8")
-    units = "points" if all(row.unit == "points" for row in report.tasks) else "points, or the metric's own unit"
-    template = environment.from_string(source)
-    return template.render(report=report, banner=banner(report), legend=legend(report), units=units)
+    environment.filters.update(cell=_cell, **filters)
+    source = resources.files("moeprune.evaluation").joinpath(f"templates/{name}").read_text(encoding="utf-8")
+    return environment.from_string(source).render(**values)
 
 
 def render_table(report: EvalReport) -> str:
@@ -37,14 +47,19 @@ def render_table(report: EvalReport) -> str:
     rows = [_task_cells(row) for row in report.tasks]
     if report.suite:
         rows.append(_suite_cells(report.suite))
-    widths = [max(len(row[column]) for row in [_HEAD, *rows]) for column in range(len(_HEAD))]
-    widths[0] = min(widths[0], _WIDTH - sum(widths[1:]) - 2 * (len(widths) - 1))
-    lines = [_line(row, widths) for row in [_HEAD, *rows]]
+    lines = aligned([_HEAD, *rows])
     if report.suite:
         lines.insert(-1, "-" * len(lines[0]))
     notes = [banner(report)] if report.partial else []
     notes += [f"note: {warning}" for warning in report.warnings]
     return "\n".join([*notes, *lines, legend(report)]) + "\n"
+
+
+def aligned(rows: Sequence[tuple[str, ...]]) -> list[str]:
+    """Lines of a table for the terminal; where it would be too wide, its first column is cut short."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    widths[0] = min(widths[0], max(12, _WIDTH - sum(widths[1:]) - 2 * (len(widths) - 1)))
+    return [_line(row, widths) for row in rows]
 
 
 def banner(report: EvalReport) -> str:

@@ -6,9 +6,8 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from moeprune._files import progress
-from moeprune.errors import EvaluationError
 from moeprune.evaluation.agreement import AgreementSums, Sequences, batches
-from moeprune.evaluation.evaluator import KeepLists, PlanScore, check_layers
+from moeprune.evaluation.evaluator import KeepLists, PlanScore, check_documents, check_layers
 from moeprune.experts import ExpertLayer, expert_layers
 from moeprune.runtime.masking import Mask
 from moeprune.streaming.states import States
@@ -49,8 +48,7 @@ class StreamedEvaluator:
         *,
         states: Callable[[int], States] = States,
     ) -> None:
-        if sum(len(ids) > 1 for ids in sequences) < 2:
-            raise EvaluationError("a plan is scored on at least two documents of two tokens or more")
+        check_documents(sequences)
         self._stream, self._documents, self._states = stream, len(sequences), states
         self._layers = {layer.index: layer for layer in expert_layers(stream.model)}
         self._rows: list[list[int]] = []
@@ -58,11 +56,6 @@ class StreamedEvaluator:
         for rows, ids_BT, mask_BT in batches(sequences, batch_tokens):
             self._rows.append(rows)
             self._inputs.append({"input_ids": ids_BT, "attention_mask": mask_BT})
-
-    @property
-    def shapes(self) -> list[tuple[int, int]]:
-        """Rows and padded length of every batch."""
-        return [(len(inputs["input_ids"]), inputs["input_ids"].shape[1]) for inputs in self._inputs]
 
     def __call__(self, keeps: Sequence[KeepLists]) -> list[PlanScore]:
         """Score every plan on the same documents, in the order given.

@@ -27,11 +27,12 @@ from moeprune.architectures import ExpertName, RouterName, StackedName
 from moeprune.checkpoint import Checkpoint, check_inside
 from moeprune.errors import ConfigError, PlanError, StaleArtifactError
 from moeprune.headers import TensorEntry
-from moeprune.plans import DROP, PruningPlan, check_keep
+from moeprune.plans import DROP, PruningPlan, check_keep, check_order
 from moeprune.rewrite.claims import check_unclaimed
 from moeprune.rewrite.copying import OutputTensor, Segment
 from moeprune.rewrite.journal import Journal, job_key, resumable_folder
 from moeprune.rewrite.naming import renumber_names
+from moeprune.rewrite.non_uniform import check_possible, non_uniform_files
 from moeprune.rewrite.raw_config import edit_json
 from moeprune.rewrite.shards import Layout, Remade, copy_other_files, lay_out, write_shards
 
@@ -54,6 +55,8 @@ def edited_files(
 ) -> dict[str, bytes]:
     """Files that do not travel as they are: the config, and a list of quantised modules where there is one.
 
+    Where layers keep different numbers of experts, the modeling file that loads them is one more.
+
     Raises:
         LayoutError: they name single experts in a way that cannot be renumbered.
     """
@@ -62,9 +65,12 @@ def edited_files(
         check_inside(checkpoint.path, checkpoint.path / QUANTISATION)
         texts[QUANTISATION] = (checkpoint.path / QUANTISATION).read_bytes().decode()
         parse_json(texts[QUANTISATION], checkpoint.path / QUANTISATION)
-    if all(len(kept) == checkpoint.num_experts for kept in keep.values()):
-        return {name: text.encode() for name, text in texts.items()}
-    return {name: renumber_names(text, checkpoint, keep, name).encode() for name, text in texts.items()}
+    if not all(len(kept) == checkpoint.num_experts for kept in keep.values()):
+        texts = {name: renumber_names(text, checkpoint, keep, name) for name, text in texts.items()}
+    counts = {layer: len(kept) for layer, kept in keep.items()}
+    if len(set(counts.values())) > 1:
+        texts |= non_uniform_files(texts["config.json"], checkpoint, counts)
+    return {name: text.encode() for name, text in texts.items()}
 
 
 def check_plan(checkpoint: Checkpoint, plan: PruningPlan) -> PruningPlan:
@@ -88,19 +94,34 @@ def check_plan(checkpoint: Checkpoint, plan: PruningPlan) -> PruningPlan:
         raise PlanError(f"the plan and the checkpoint do not have the same MoE layers (first odd one: {odd[0]})")
     for layer, decision in sorted(plan.layers.items()):
         check_keep(layer, decision.keep, checkpoint.router)
+        check_order(layer, decision, checkpoint.router)
+    checkpoint.check_uniform()
     check_counts(plan)
+    if not plan.uniform:
+        _check_non_uniform(checkpoint, plan)
     edited_files(checkpoint, keep_lists(plan), {})  # refuses names that cannot be renumbered
     dropped = bool(mtp) and planned == trunk
     return dataclasses.replace(plan, config_edits=config_edits(checkpoint, plan.kept, drop_mtp=dropped))
 
 
 def check_counts(plan: PruningPlan) -> None:
-    """Refuse a plan whose layers keep different numbers of experts."""
-    counts = sorted({len(decision.keep) for decision in plan.layers.values()})
-    if len(counts) > 1:
+    """Refuse a plan whose layers keep different numbers of experts, unless it says that they may."""
+    counts = sorted(set(plan.counts.values()))
+    if len(counts) > 1 and not plan.allow_non_uniform:
         raise PlanError(
             f"layers keep different numbers of experts: {counts}", "no stock engine loads such a checkpoint"
         )
+
+
+def _check_non_uniform(checkpoint: Checkpoint, plan: PruningPlan) -> None:
+    check_possible(checkpoint)
+    last = plan.counts[checkpoint.moe_layers[-1]]
+    for layer in set(checkpoint.mtp_layers) & set(plan.layers):
+        if plan.counts[layer] != last:
+            raise PlanError(
+                f"MTP layer {layer} keeps {plan.counts[layer]} experts and the last decoder layer {last}",
+                "keep as many, or leave all MTP layers out",
+            )
 
 
 def output_tensors(checkpoint: Checkpoint, keep: Mapping[int, tuple[int, ...]]) -> Iterator[OutputTensor]:
@@ -108,7 +129,8 @@ def output_tensors(checkpoint: Checkpoint, keep: Mapping[int, tuple[int, ...]]) 
 
     Args:
         checkpoint: the source.
-        keep: experts that stay by layer; an MTP layer that is absent is left out whole, with all that belongs to it.
+        keep: experts that stay by layer, in the order of their new numbers; an MTP layer that is absent is left out
+            whole, with all that belongs to it.
     """
     new_number = {layer: {old: new for new, old in enumerate(kept)} for layer, kept in keep.items()}
     for name, entry in checkpoint.tensors.items():
@@ -149,8 +171,8 @@ def _rows(entry: TensorEntry, keep: tuple[int, ...], axis: int) -> OutputTensor:
 
 
 def keep_lists(plan: PruningPlan) -> dict[int, tuple[int, ...]]:
-    """The part of a plan that steers the rewrite."""
-    return {layer: decision.keep for layer, decision in plan.layers.items()}
+    """The part of a plan that steers the rewrite: experts by layer in the order of their new numbers."""
+    return {layer: decision.placed for layer, decision in plan.layers.items()}
 
 
 def check_output(checkpoint: Checkpoint, output: PathLike, *, overwrite: bool) -> None:
@@ -254,7 +276,7 @@ def provenance(checkpoint: Checkpoint, plan: PruningPlan, layout: Layout) -> dic
     """Where a pruned checkpoint came from: no times, hosts or paths, so that equal runs give equal bytes."""
     return envelope("moeprune.provenance/1", plan.command, plan.inputs) | {
         "architecture": checkpoint.spec.model_type,
-        "experts": {"before": checkpoint.num_experts, "after": plan.kept},
+        "experts": {"before": checkpoint.num_experts, "after": plan.kept_by_layer},
         "tensors": layout.count,
         "bytes": {"before": checkpoint.nbytes, "after": layout.nbytes},
         "config_edits": dict(plan.config_edits),

@@ -36,6 +36,28 @@ def edit_json(text: str, edits: Mapping[str, Any]) -> str:
     return text
 
 
+def add_to_json(text: str, values: Mapping[str, Any]) -> str:
+    """Add keys at the end of an object, laid out like the keys before them.
+
+    Args:
+        text: a JSON object.
+        values: value by new key; ``text_config.name`` reaches into a nested object.
+
+    Raises:
+        PlanError: a key is there already, or the object that it belongs to is not.
+    """
+    for key, value in values.items():
+        *path, name = key.split(".")
+        found = _find(text, _skip(text, 0), path) if path else [(_skip(text, 0), len(text))]
+        items = list(_items(text, found[-1][0])) if found else []
+        if not items or any(_DECODER.raw_decode(text, begin)[0] == name for begin, _, _ in items):
+            raise PlanError(f"config.json has no room for {key!r}", "was it written by moeprune?")
+        lead = text[found[-1][0] + 1 : items[0][0]]
+        end = items[-1][2]
+        text = f"{text[:end]},{lead}{json.dumps(name)}: {json.dumps(value)}{text[end:]}"
+    return text
+
+
 def edit_names(text: str, rename: Callable[[str], str | None], source: str) -> str:
     """Rename or take out strings that name things: items of lists and keys of objects, wherever they stand.
 

@@ -14,7 +14,7 @@ from moeprune.collectors.probe import PLAN_ATTRIBUTE, fingerprint_of
 from moeprune.errors import CheckpointError, PlanError, StaleArtifactError
 from moeprune.experts import ExpertLayer, expert_layers
 from moeprune.headers import TensorEntry
-from moeprune.plans import PruningPlan, check_keep
+from moeprune.plans import PruningPlan, check_keep, check_order
 from moeprune.rewrite.claims import output_folder
 from moeprune.rewrite.copying import OutputTensor
 from moeprune.rewrite.drop import (
@@ -60,7 +60,7 @@ def prune_model(model: PreTrainedModel, plan: PruningPlan) -> PreTrainedModel:
     layers = expert_layers(model)
     _check_fit(model, layers, plan)
     for layer in layers:
-        keep = plan.layers[layer.index].keep
+        keep = plan.layers[layer.index].placed
         for module in (*layer.experts.modules(), *router_modules(layer)):
             assign(module, kept_rows(module, layer.num_experts, keep))
     for holder in (model, model.config.get_text_config()):  # the model's own is read by the load-balancing loss
@@ -85,7 +85,9 @@ def _check_fit(model: PreTrainedModel, layers: Sequence[ExpertLayer], plan: Prun
         raise PlanError(f"the plan and the model do not have the same MoE layers (first odd one: {min(odd)})")
     check_counts(plan)
     for layer in layers:
-        check_keep(layer.index, plan.layers[layer.index].keep, router_shape(layer))
+        shape, decision = router_shape(layer), plan.layers[layer.index]
+        check_keep(layer.index, decision.keep, shape)
+        check_order(layer.index, decision, shape)
 
 
 def save_model(
@@ -119,6 +121,7 @@ def save_model(
         >>> moeprune.save_model(model, "pruned", like="base")
     """
     base = open_checkpoint(like)
+    base.check_uniform()
     plan = _plan_of(model, plan)
     plan = check_plan(base, plan) if plan is not None else None
     keep = keep_lists(plan) if plan else dict.fromkeys(base.all_moe_layers, tuple(range(base.num_experts)))

@@ -1,25 +1,35 @@
-"""Strategies by name: pure formulas over statistics, with the paper they come from.
+"""Strategies by name: pure formulas over statistics, with the paper they come from and what they need.
 
-A strategy sees the statistics of one layer and returns scores [E] (higher stays) or drop costs [E, E]; it never sees a
-model, a device or a path. Pass any such callable from Python, or publish one under the entry-point group
-``moeprune.strategies``; the names below always win.
+A strategy sees the statistics of one layer, or as a :class:`GlobalCriterion` of all layers, and returns scores [E]
+(higher stays) or drop costs [E, E]; it never sees a model, a device or a path. Pass any such callable from Python, or
+publish one under the entry-point group ``moeprune.strategies``; the names below always win.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 
 from moeprune.errors import StrategyError, nearest
 from moeprune.statistics import FloatArray, LayerStatistics
+from moeprune.strategies.criterion import Criterion, GlobalCriterion, Layers
 from moeprune.strategies.interaction import gram, hope, hope_total
-from moeprune.strategies.saliency import Saliency, random_control
+from moeprune.strategies.router_hint import Aggregation, RouterHint
+from moeprune.strategies.saliency import Saliency, easy_ep, random_control, seer
+from moeprune.strategies.trajectory import Pathfinder, maestro
+from moeprune.strategies.weights_only import aimer
 
-Criterion = Callable[[LayerStatistics], FloatArray]
+__all__ = ["AUTO", "BUILTIN", "COLLECTING", "DEFAULT", "Criterion", "GlobalCriterion", "Strategy", "resolve"]
+
 DEFAULT = "hope-total"
+
+
+COLLECTING = "one pass over the calibration data"
+Search = Literal["", "layer-wise", "progressive"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,25 +38,56 @@ class Strategy:
 
     Attributes:
         name: what the command line and the plan call it.
-        criterion: statistics of a layer to scores [E] or drop costs [E, E].
+        criterion: statistics to scores [E] or drop costs [E, E], of a layer or of all layers.
         summary: one line for people.
         paper: arXiv id, or empty.
         calibrated: whether it needs calibration data.
+        needs: the statistics that it reads.
+        cost: what collecting them takes, for people.
+        search: where the criterion only says what to start from: whether the losses by which sets of experts are
+            compared are measured on what the original's layers give each other, or those that were pruned before.
     """
 
     name: str
-    criterion: Criterion
+    criterion: Criterion | GlobalCriterion
     summary: str = ""
     paper: str = ""
     calibrated: bool = True
+    needs: tuple[str, ...] = ()
+    cost: str = COLLECTING
+    search: Search = ""
+
+    @property
+    def across_layers(self) -> bool:
+        """Whether it looks at all layers together."""
+        return isinstance(self.criterion, GlobalCriterion)
 
     def __call__(self, stats: LayerStatistics) -> FloatArray:
         """Scores [E] or drop costs [E, E] of one layer.
 
         Raises:
+            StrategyError: a statistic is missing, the criterion's values are not finite numbers of that shape, or it
+                needs all layers.
+        """
+        if isinstance(self.criterion, GlobalCriterion):
+            raise StrategyError(f"strategy {self.name!r} scores all layers at once", "call its method scores()")
+        return self._checked(stats, self.criterion(stats))
+
+    def scores(self, layers: Layers) -> dict[int, FloatArray]:
+        """Scores [E] or drop costs [E, E] of every layer.
+
+        Raises:
             StrategyError: a statistic is missing, or the criterion's values are not finite numbers of that shape.
         """
-        values, experts = np.asarray(self.criterion(stats), dtype=np.float64), stats.num_experts
+        if not isinstance(self.criterion, GlobalCriterion):
+            return {layer: self(stats) for layer, stats in layers.items()}
+        found = self.criterion(layers)
+        if found.keys() != layers.keys():
+            raise StrategyError(f"strategy {self.name!r} does not score the layers that it was given, each once")
+        return {layer: self._checked(stats, found[layer]) for layer, stats in layers.items()}
+
+    def _checked(self, stats: LayerStatistics, found: FloatArray) -> FloatArray:
+        values, experts = np.asarray(found, dtype=np.float64), stats.num_experts
         if values.shape not in {(experts,), (experts, experts)} or not np.isfinite(values).all():
             raise StrategyError(
                 f"strategy {self.name!r}, layer {stats.layer}: {experts} experts need as many finite scores",
@@ -57,37 +98,146 @@ class Strategy:
 
 _FAMILY = "2606.15716"
 
-BUILTIN: Mapping[str, Strategy] = {
-    strategy.name: strategy
-    for strategy in (
-        Strategy(
-            name="frequency", criterion=Saliency(0, 0, 0), summary="tokens routed to the expert", paper="2404.05089"
-        ),
-        Strategy(name="routing-mass", criterion=Saliency(0, 1, 0), summary="sum of gates", paper=_FAMILY),
-        Strategy(name="ean", criterion=Saliency(0, 0, 1), summary="sum of output norms", paper="2510.13999"),
-        Strategy(name="man", criterion=Saliency(1, 0, 1), summary="mean output norm", paper=_FAMILY),
-        Strategy(name="msan", criterion=Saliency(1, 0, 2), summary="mean squared output norm", paper=_FAMILY),
-        Strategy(name="reap", criterion=Saliency(1, 1, 1), summary="mean gated output norm", paper="2510.13999"),
-        Strategy(name="gated-norm", criterion=Saliency(0, 1, 1), summary="sum of gated output norms", paper=_FAMILY),
-        Strategy(
-            name="gated-norm-sq", criterion=Saliency(0, 2, 2), summary="sum of squared gated norms", paper=_FAMILY
-        ),
-        Strategy(
-            name="hope", criterion=hope, summary="pairwise gated norms, mean over shared tokens", paper="2609.18916"
-        ),
-        Strategy(
-            name="hope-total",
-            criterion=hope_total,
-            summary="pairwise gated norms, mean over all tokens",
-            paper="2609.18916",
-        ),
-        Strategy(name="gram", criterion=gram, summary="squared change of the layer's routed output"),
-        Strategy(name="random", criterion=random_control, summary="control: uniform draws", calibrated=False),
+
+def _member(name: str, saliency: Saliency, summary: str = "", paper: str = _FAMILY) -> Strategy:
+    return Strategy(name=name, criterion=saliency, summary=summary, paper=paper, needs=saliency.needs)
+
+
+def _hint(name: str, aggregation: Aggregation, summary: str) -> Strategy:
+    hint = RouterHint(aggregation)
+    return Strategy(name=name, criterion=hint, summary=summary, paper="2410.12013", needs=hint.needs)
+
+
+_SALIENCY = (
+    _member("frequency", Saliency(0, 0, 0), "tokens routed to the expert", "2404.05089"),
+    _member("routing-mass", Saliency(0, 1, 0), "sum of gates"),
+    _member("ean", Saliency(0, 0, 1), "sum of output norms", "2510.13999"),
+    _member("man", Saliency(1, 0, 1), "mean output norm"),
+    _member("msan", Saliency(1, 0, 2), "mean squared output norm"),
+    _member("reap", Saliency(1, 1, 1), "mean gated output norm", "2510.13999"),
+    _member("gated-norm", Saliency(0, 1, 1), "sum of gated output norms"),
+    _member("gated-norm-sq", Saliency(0, 2, 2), "sum of squared gated norms"),
+    Strategy(
+        name="seer",
+        criterion=seer,
+        summary="sum of router probabilities over all tokens",
+        paper="2404.05089",
+        needs=("soft_prob_sum",),
+    ),
+    Strategy(
+        name="easy-ep",
+        criterion=easy_ep,
+        summary="sum of gated norms, tokens weighted by how far the residual turns",
+        paper="2504.06792",
+        needs=("easy_ep_sum",),
+    ),
+)
+_PAIRS = (
+    Strategy(
+        name="hope",
+        criterion=hope,
+        summary="pairwise gated norms, mean over shared tokens",
+        paper="2609.18916",
+        needs=("pair_gated_norm", "pair_count"),
+    ),
+    Strategy(
+        name="hope-total",
+        criterion=hope_total,
+        summary="pairwise gated norms, mean over all tokens",
+        paper="2609.18916",
+        needs=("pair_gated_norm", "tokens"),
+    ),
+    Strategy(
+        name="gram",
+        criterion=gram,
+        summary="squared change of the layer's routed output",
+        needs=("gram", "tokens"),
+    ),
+)
+_WEIGHTS = (
+    _hint("router-hint", "mean-tok", "weights times their gated inputs, mean over the expert's tokens"),
+    _hint("router-hint-sum", "sum", "weights times their gated inputs, sum over tokens"),
+    _hint("router-hint-down-only", "down-only", "the same mean, of the down projection alone"),
+    Strategy(
+        name="aimer",
+        criterion=aimer,
+        summary="rms over mean absolute value of the expert's weights",
+        paper="2603.18492",
+        calibrated=False,
+        needs=("weight_abs_sum", "weight_sq_sum", "weight_numel"),
+        cost="one pass over the weights",
+    ),
+)
+_SAMPLES = ("path_prob", "path_norm", "path_loss", "path_scale", "path_domain")
+_EVERY_EXPERT = "every expert on every token of the first samples"
+_PATHS = (
+    Strategy(
+        name="maestro",
+        criterion=GlobalCriterion(maestro),
+        summary="share of a walk through the experts of all layers",
+        paper="2607.08601",
+        needs=("transition_count", "wrap_count"),
+    ),
+    Strategy(
+        name="pathfinder",
+        criterion=GlobalCriterion(Pathfinder()),
+        summary="votes of each sample's best paths through the layers",
+        paper="2512.18425",
+        needs=_SAMPLES,
+        cost=_EVERY_EXPERT,
+    ),
+    Strategy(
+        name="pathfinder-conditional",
+        criterion=GlobalCriterion(Pathfinder(conditional=True)),
+        summary="the same, with the probability of an expert after the one before",
+        paper="2512.18425",
+        needs=(*_SAMPLES, "transition_count"),
+        cost=f"{COLLECTING}, and {_EVERY_EXPERT}",
+    ),
+)
+
+
+def _naee(name: str, search: Search, given: str = "") -> Strategy:
+    return Strategy(
+        name=name,
+        criterion=gram,
+        summary=f"the set with which the layer's output is closest to the original's{given}",
+        paper="2402.14800",
+        needs=("gram", "tokens"),
+        cost="some hundred passes through every MoE layer",
+        search=search,
     )
+
+
+_SEARCHES = (
+    _naee("naee", "layer-wise"),
+    _naee("naee-progressive", "progressive", ", behind layers that are pruned already"),
+)
+_CONTROL = Strategy(
+    name="random", criterion=random_control, summary="control: uniform draws", calibrated=False, cost="nothing"
+)
+
+
+
+def _no_formula(stats: LayerStatistics) -> FloatArray:
+    raise StrategyError(
+        "auto has no formula: it tries the other strategies on text of its own", "pass --selection heldout.jsonl"
+    )
+
+
+AUTO = Strategy(
+    name="auto",
+    criterion=_no_formula,
+    summary="the strategies' plan closest to the original on selection text, mixed layer by layer",
+    cost="a pass over the selection text for every plan that is tried",
+)
+
+BUILTIN: Mapping[str, Strategy] = {
+    strategy.name: strategy for strategy in (*_SALIENCY, *_PAIRS, *_WEIGHTS, *_PATHS, *_SEARCHES, _CONTROL)
 }
 
 
-def resolve(strategy: str | Criterion | Strategy) -> Strategy:
+def resolve(strategy: str | Criterion | GlobalCriterion | Strategy) -> Strategy:
     """Find a strategy by name, or wrap a callable.
 
     ``S(b,alpha,beta)`` names any member of the saliency family.
@@ -97,14 +247,15 @@ def resolve(strategy: str | Criterion | Strategy) -> Strategy:
     """
     if isinstance(strategy, Strategy):
         return strategy
+    if isinstance(strategy, GlobalCriterion):
+        return Strategy(name=strategy.name, criterion=strategy)
     if not isinstance(strategy, str):
         return Strategy(name=getattr(strategy, "__name__", type(strategy).__name__), criterion=strategy)
-    if strategy in BUILTIN:
-        return BUILTIN[strategy]
+    if strategy in (named := {**BUILTIN, AUTO.name: AUTO}):
+        return named[strategy]
     member = re.fullmatch(r"[sS]\(\s*(\d+(?:\.\d+)?)\s*,\s*(\d)\s*,\s*(\d)\s*\)", strategy)
     if member:
-        criterion = Saliency(float(member[1]), int(member[2]), int(member[3]))
-        return Strategy(name=strategy, criterion=criterion, paper=_FAMILY)
+        return _member(strategy, Saliency(float(member[1]), int(member[2]), int(member[3])))
     return _from_entry_points(strategy)
 
 

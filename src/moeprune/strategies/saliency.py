@@ -1,4 +1,4 @@
-"""Criteria that score each expert on its own: the family S(b, alpha, beta) and the random control.
+"""Criteria that score each expert on its own: the family S(b, alpha, beta), its neighbours and the random control.
 
     S_e(b, alpha, beta) = n_e^-b * sum over the tokens routed to e of g^alpha * ||f_e(x)||^beta
 
@@ -53,10 +53,32 @@ class Saliency:
         total: FloatArray = getattr(stats, _SUMS[self.alpha, self.beta])
         return total if self.b == 0 else mean(total, stats.count**self.b)
 
+    @property
+    def needs(self) -> tuple[str, ...]:
+        """The statistics that it reads."""
+        total = _SUMS[self.alpha, self.beta]
+        return (total,) if self.b == 0 or total == "count" else (total, "count")
+
 
 def mean(total: FloatArray, count: FloatArray) -> FloatArray:
     """Sums over counts, 0 where nothing was counted; a weighted count may lie between 0 and 1."""
     return np.divide(total, count, out=np.zeros_like(total), where=count > 0)
+
+
+def seer(stats: LayerStatistics) -> FloatArray:
+    """Probability that the router gives the expert, added up over all tokens, chosen or not (arXiv:2404.05089).
+
+    The hard count of the same paper is ``frequency``; that over the chosen experts' gates is ``routing-mass``.
+    """
+    return stats.soft_prob_sum
+
+
+def easy_ep(stats: LayerStatistics) -> FloatArray:
+    """Sum of gated norms, each token weighted by how far the experts turn the residual stream (arXiv:2504.06792).
+
+    The weight is max(1 - cos(h, h + routed), 0) for the stream h and the routed experts' output.
+    """
+    return stats.easy_ep_sum
 
 
 def random_control(stats: LayerStatistics) -> FloatArray:

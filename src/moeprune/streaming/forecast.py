@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import dataclasses
 import os
 from collections.abc import Sequence
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from moeprune._files import human_bytes
 from moeprune.errors import ConfigError
 from moeprune.experts import slot_rows
+from moeprune.streaming.skeleton import handed_on
 from moeprune.streaming.weights import EMBEDDING, HEAD, Weights
 
 if TYPE_CHECKING:
@@ -96,17 +98,19 @@ def forecast(weights: Weights, load: Load, limits: Limits) -> Forecast:
         ConfigError: it cannot fit.
     """
     sizes = _Sizes(weights, load)
-    roomy = limits.device if limits.device is not None else limits.host
-    chunk = sizes.chunk_that_fits(roomy, limits)
+    on_device = limits.device is not None
+    chunk = sizes.chunk_that_fits(limits)
     layer, work = sizes.peak(chunk)
     running = layer + work
-    host = (_STAGES + sizes.batch_state if limits.device is not None else running) + sizes.beside
+    host = (_STAGES + sizes.batch_state if on_device else running) + sizes.beside
+    if host > limits.host:
+        raise _too_little("what goes to the device passes through memory that", host, limits.host, "--memory")
     states = sizes.states
     spill = host + states > limits.host
     disk = states * (2 if spill else 2 * load.durable)
     return Forecast(
         host=host + (0 if spill else states),
-        device=running if limits.device is not None else 0,
+        device=running if on_device else 0,
         disk=disk,
         read=sizes.read(chunk),
         spill=spill,
@@ -132,8 +136,10 @@ class _Sizes:
         self.layers = range(load.last + 1)
         self.tokens = max((rows * length for rows, length in load.shapes), default=0)
         self.batch_state = self.tokens * self.hidden * self.itemsize
-        per_token = self.hidden * self.itemsize * load.copies
-        self.states = sum(rows * length for rows, length in load.shapes) * per_token
+        per_token = self.hidden * self.itemsize
+        self.states = load.copies * sum(
+            rows * length * (per_token + handed_on(weights.model, length)) for rows, length in load.shapes
+        )
 
     @property
     def beside(self) -> int:
@@ -143,7 +149,7 @@ class _Sizes:
     def peak(self, chunk: int) -> tuple[int, int]:
         """The largest sum of a layer in memory and a batch at work in it, as the two parts."""
         parts = [(self.weights.nbytes(EMBEDDING), self.batch_state)]
-        parts += [(self._in_memory(layer, chunk), self._work(layer, chunk)) for layer in self.layers]
+        parts += [(self._in_memory(layer, chunk), self._aside(layer, chunk)) for layer in self.layers]
         if self.load.head:
             parts.append((self.weights.nbytes(HEAD), self._logits()))
         return max(parts, key=sum)
@@ -152,32 +158,38 @@ class _Sizes:
         experts = self.weights.nbytes(layer, experts=True)
         return self.weights.nbytes(layer, experts=False) + experts * chunk // self.num_experts
 
-    def chunk_that_fits(self, roomy: int, limits: Limits) -> int:
+    def chunk_that_fits(self, limits: Limits) -> int:
         """Experts at a time: all, or as many as there is room for."""
-        extra = self.beside if limits.device is None else 0
-        if sum(self.peak(self.num_experts)) + extra <= roomy:
+        on_device = limits.device is not None
+        room = limits.device if limits.device is not None else limits.host - self.beside
+
+        def takes(chunk: int) -> int:
+            return sum(self.peak(chunk))
+
+        if takes(self.num_experts) <= room:
             return self.num_experts
-        largest = max(self.layers, key=self.weights.nbytes)
-        per_expert = self.weights.nbytes(largest, experts=True) // self.num_experts
-        rest = self.weights.nbytes(largest, experts=False) + self._work(largest, 1) + extra
-        chunk = min(self.num_experts - 1, (roomy - rest) // max(1, per_expert))
-        if chunk < 1 or sum(self.peak(1)) + extra > roomy:
-            needed = max(rest + per_expert, sum(self.peak(1)) + extra)
-            which = "--device-memory" if limits.device is not None else "--memory"
-            raise ConfigError(
-                f"one layer with a single expert at a time takes {human_bytes(needed)}, {human_bytes(roomy)} are given",
-                f"raise {which}, or run smaller batches with --batch-tokens",
-            )
-        return int(chunk)
+        chunk = bisect.bisect_right(range(1, self.num_experts), room, key=takes)
+        if not chunk:
+            needed = takes(1) + (0 if on_device else self.beside)
+            option, given = ("--device-memory", room) if on_device else ("--memory", limits.host)
+            raise _too_little("one layer with a single expert at a time", needed, given, option)
+        return chunk
 
     def read(self, chunk: int) -> int:
-        """Bytes read: experts that do not fit are read again for every batch."""
-        times = len(self.load.shapes) * self.load.copies if chunk < self.num_experts else 1
+        """Bytes read: experts that do not fit are read again for every batch, and to check the first one's output."""
+        times = len(self.load.shapes) * self.load.copies + bool(self.load.sums) if chunk < self.num_experts else 1
         total = self.weights.stored_bytes(EMBEDDING) + (self.weights.stored_bytes(HEAD) if self.load.head else 0)
         for layer in self.layers:
             experts = self.weights.stored_bytes(layer, experts=True)
             total += self.weights.stored_bytes(layer, experts=False) + experts * times
         return total
+
+    def _aside(self, layer: int, chunk: int) -> int:
+        """Beside a layer: what it takes to fill it, then a batch, during which a chunk of experts is filled."""
+        if chunk == self.num_experts:
+            return max(self.weights.filling(layer), self._work(layer, chunk))
+        filling = self.weights.filling(layer, experts=True)
+        return max(self.weights.filling(layer, experts=False), self._work(layer, chunk) + filling)
 
     # --- a batch at work: what a decoder layer allocates, the larger of its two halves --------------------------------
 
@@ -202,6 +214,15 @@ class _Sizes:
     def _logits(self) -> int:
         config = self.weights.model.config.get_text_config()
         return min(self.tokens, 1024) * int(config.vocab_size) * 4 * 4
+
+
+def _too_little(what: str, needed: int, given: int, option: str) -> ConfigError:
+    step = 10 ** max(0, len(str(needed)) - 2)
+    enough = -(-needed // step) * step  # so that what people read is not less than what is needed
+    return ConfigError(
+        f"{what} takes {human_bytes(enough)}, and there are {human_bytes(given)}",
+        f"raise {option}, or run smaller batches with --batch-tokens",
+    )
 
 
 def free_memory(device: torch.device) -> Limits:

@@ -83,17 +83,17 @@ def scheme_of(config: Mapping[str, Any]) -> Scheme | None:
         >>> scheme_of({"quantization_config": {"quant_method": "fp8", "weight_block_size": [128, 128]}}).name
         'fp8'
     """
-    settings = _settings(config)
+    settings = quantiser_of(config)
     if settings is None:
         return None
-    method = settings.get("quant_method", "bitsandbytes" if "load_in_4bit" in settings else None)
+    method = method_of(settings)
     if method == "fp8":
         return _fp8(settings)
     if method == "compressed-tensors":
         return _compressed_tensors(settings)
     if method == "mxfp4":
         return Mxfp4()
-    raise _refusal(str(method) if method else "a method without a name")
+    raise _refusal(method)
 
 
 def _refusal(method: str) -> UnsupportedModelError:
@@ -106,7 +106,13 @@ def _refusal(method: str) -> UnsupportedModelError:
 # --- the quantiser's settings -----------------------------------------------------------------------------------------
 
 
-def _settings(config: Mapping[str, Any]) -> Mapping[str, Any] | None:
+def method_of(settings: Mapping[str, Any]) -> str:
+    """Name of the method in a quantiser's settings."""
+    unnamed = "bitsandbytes" if "load_in_4bit" in settings else "a method without a name"
+    return str(settings.get("quant_method") or unnamed)
+
+
+def quantiser_of(config: Mapping[str, Any]) -> Mapping[str, Any] | None:
     """What config.json says about quantisation, wherever it says it."""
     for section in (config, config.get("text_config")):
         for key in ("quantization_config", "compression_config"):

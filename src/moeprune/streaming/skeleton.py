@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import inspect
 import re
 import warnings
 from collections.abc import Iterator, Mapping
@@ -82,6 +83,17 @@ def torch_dtype(name: str) -> torch.dtype:
     if not (isinstance(chosen, torch.dtype) and chosen.is_floating_point):
         raise ConfigError(f"unknown --dtype {name!r}", "auto, float32, bfloat16 or float16")
     return chosen
+
+
+def handed_on(model: PreTrainedModel, length: int) -> int:
+    """Bytes per token that a decoder layer hands on beside the hidden states, in sequences of ``length`` tokens.
+
+    A family whose sparse attention chooses positions in some layers hands the choice on to the others.
+    """
+    [layer, *_] = [module for name, module in model.named_modules() if re.search(r"\blayers\.\d+$", name)]
+    if "prev_topk_indices" not in inspect.signature(layer.forward).parameters:
+        return 0
+    return 8 * min(length, int(model.config.get_text_config().index_topk))
 
 
 class LayerRunner:

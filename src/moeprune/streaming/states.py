@@ -7,8 +7,11 @@ system caches the file either way.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import xxhash
 
 from moeprune._files import sync_path
 from moeprune.errors import ArtifactError
@@ -22,8 +25,29 @@ Layout = list[list[tuple[tuple[int, ...], str]]]  # shape and dtype of every ten
 _FILES = ("states-0", "states-1")
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Saved:
+    """States that are safe in a file.
+
+    Attributes:
+        file: its name.
+        digest: xxh3-128 of its bytes.
+        layout: shapes and dtypes of the tensors that lie in it one after another, by batch.
+    """
+
+    file: str
+    digest: str
+    layout: Layout
+
+
 class States:
-    """The states of every batch in memory; a new one takes the place of the old one."""
+    """The states of every batch in memory; a new one takes the place of the old one.
+
+    Attributes:
+        in_files: whether they live in files, so that to save them costs next to nothing.
+    """
+
+    in_files = False
 
     def __init__(self, batches: int) -> None:
         self._states: list[State] = [()] * batches
@@ -45,38 +69,31 @@ class States:
     def turn(self) -> None:
         """The layer is done: what was put is what the next layer gets."""
 
-    def layout(self) -> Layout:
-        """Shapes and dtypes of what the next layer gets."""
-        return [_shapes(state) for state in self._states]
-
-    def save(self, folder: Path) -> str:
-        """Make what the next layer gets durable; what was saved before stays until the next call.
-
-        Returns:
-            Name of the file in the folder.
-        """
+    def save(self, folder: Path) -> Saved:
+        """Make what the next layer gets durable; what was saved before stays until the next call."""
         self._saved = 1 - self._saved
-        file = folder / _FILES[self._saved]
-        with file.open("wb") as handle:
+        file, digest = folder / _FILES[self._saved], xxhash.xxh3_128()
+        with file.open("wb", buffering=0) as handle:
             for state in self._states:
                 for tensor in state:
-                    handle.write(_bytes_of(tensor))
+                    _write(handle, tensor, digest)
         sync_path(file)
-        return file.name
+        return Saved(file=file.name, digest=digest.hexdigest(), layout=[_shapes(state) for state in self._states])
 
-    def restore(self, folder: Path, name: str, layout: Layout) -> None:
-        """Go on from what was saved.
-
-        Raises:
-            ArtifactError: the file is not as it was written.
-        """
-        self._saved = _FILES.index(name)
-        with (folder / name).open("rb") as handle:
-            self._states = [tuple(_read(handle, *like) for like in batch) for batch in layout]
+    def restore(self, folder: Path, saved: Saved) -> None:
+        """Go on from what was saved, by this class or another."""
+        self._saved = _FILES.index(saved.file)
+        with (folder / saved.file).open("rb", buffering=0) as handle:
+            self._states = [tuple(_read(handle, *like) for like in batch) for batch in saved.layout]
 
 
 class SpilledStates(States):
-    """The states in two files, of which one is read while the other is written."""
+    """The states in two files, of which one is read while the other is written.
+
+    What was saved is overwritten by the second layer after it, so that they must be saved after every layer.
+    """
+
+    in_files = True
 
     def __init__(self, batches: int, folder: Path) -> None:
         super().__init__(batches)
@@ -84,6 +101,8 @@ class SpilledStates(States):
         self._now: list[tuple[int, Any]] = [(0, [])] * batches  # offset, shapes
         self._next = list(self._now)
         self._end = 0
+        self._written = xxhash.xxh3_128()
+        self._digest = ""
 
     def get(self, batch: int) -> State:
         """What the last layer gave for a batch, read from its file."""
@@ -98,35 +117,38 @@ class SpilledStates(States):
         with self._file(1 - self._saved).open("r+b" if self._end else "wb", buffering=0) as handle:
             handle.seek(self._end)
             for tensor in state:
-                _write(handle, tensor.detach().cpu().contiguous())
+                _write(handle, tensor.detach().cpu().contiguous(), self._written)
             self._end = handle.tell()
 
     def turn(self) -> None:
         """Read from now on what was written."""
         self._saved = 1 - self._saved
         self._now, self._next, self._end = self._next, [(0, [])] * len(self._now), 0
+        self._digest, self._written = self._written.hexdigest(), xxhash.xxh3_128()
 
-    def layout(self) -> Layout:
-        """Shapes and dtypes of what the next layer gets, in the order of the file."""
-        return [shapes for _, shapes in self._now]
-
-    def save(self, folder: Path) -> str:
-        """Flush the file that is read now to the device."""
+    def save(self, folder: Path) -> Saved:
+        """Flush the file that is read now to the device; the batches must have been put in order."""
+        self._file(self._saved).touch()  # where there are no batches, nothing was written
         sync_path(self._file(self._saved))
-        return _FILES[self._saved]
+        layout = [shapes for _, shapes in self._now]
+        return Saved(file=_FILES[self._saved], digest=self._digest, layout=layout)
 
-    def restore(self, folder: Path, name: str, layout: Layout) -> None:
-        """Go on from a file that holds the batches in order."""
-        self._saved, offset = _FILES.index(name), 0
+    def restore(self, folder: Path, saved: Saved) -> None:
+        """Go on from what was saved, by this class or another, in the folder of these states."""
+        self._saved, self._digest, offset = _FILES.index(saved.file), saved.digest, 0
         self._now = []
-        for batch in layout:
+        for batch in saved.layout:
             self._now.append((offset, batch))
             offset += sum(_size(*like) for like in batch)
-        if offset != self._file(self._saved).stat().st_size:
-            raise ArtifactError(f"{self._file(self._saved)} is not as it was written")
 
     def _file(self, which: int) -> Path:
         return self._folder / _FILES[which]
+
+
+def remove_states(folder: Path) -> None:
+    """Remove the files of states that nobody needs any longer."""
+    for name in _FILES:
+        (folder / name).unlink(missing_ok=True)
 
 
 def _shapes(state: Sequence[torch.Tensor]) -> list[tuple[tuple[int, ...], str]]:
@@ -154,8 +176,9 @@ def _read(handle: Any, shape: Sequence[int], dtype: str) -> torch.Tensor:
     return tensor
 
 
-def _write(handle: Any, tensor: torch.Tensor) -> None:
+def _write(handle: Any, tensor: torch.Tensor, digest: Any) -> None:
     view, done = _bytes_of(tensor), 0
+    digest.update(view)
     while done < len(view):
         done += handle.write(view[done:])
 

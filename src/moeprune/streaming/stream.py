@@ -6,7 +6,7 @@ import contextlib
 import ctypes
 import functools
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from moeprune.checkpoint import Checkpoint
@@ -43,7 +43,8 @@ class LayerStream:
     Attributes:
         model: the model without weights; the layer that runs has its own.
         weights: what fills it.
-        depth: number of decoder layers.
+        chunk: experts of a layer that are in memory at a time.
+        last: the decoder layer after which nothing runs.
     """
 
     def __init__(
@@ -55,7 +56,8 @@ class LayerStream:
         self.model = build_skeleton(checkpoint, dtype=dtype, trust_remote_code=trust_remote_code)
         self.device = device
         self.weights = Weights(checkpoint, self.model, device)
-        self.chunk = checkpoint.num_experts  # experts in memory at a time
+        self.chunk = checkpoint.num_experts
+        self.last = self.weights.depth - 1
         self._runner = LayerRunner(self.model)
         self._experts = {layer.index: layer.experts for layer in expert_layers(self.model)}
         self._num_experts = checkpoint.num_experts
@@ -96,7 +98,7 @@ class LayerStream:
                 in_chunks = functools.partial(_in_chunks, self.weights, index, self.chunk)
                 wrappers = {self._experts[index]: in_chunks}
                 undo.enter_context(wrapped_experts(self.model, wrappers, innermost=True))
-            if index + 1 < self.depth:
+            if index < self.last:
                 self.weights.announce(index + 1)
             yield
 
@@ -104,7 +106,8 @@ class LayerStream:
         """One batch through the layer that is in memory."""
         here = tuple(tensor.to(self.device, non_blocking=True) for tensor in state)
         after = self._runner.run(index, here, self._here(inputs))
-        _trim_heap()
+        if self.device.type == "cpu":
+            _trim_heap()
         return after
 
     @contextlib.contextmanager
@@ -118,8 +121,12 @@ class LayerStream:
         here = tuple(tensor.to(self.device) for tensor in state)
         return self._runner.logits(here, self._here(inputs), positions.to(self.device))
 
+    def loader(self, index: int) -> Callable[[range], dict[str, torch.Tensor]]:
+        """What reads the parameters of some experts of a layer, by name, each ``[experts, ...]``."""
+        return functools.partial(self.weights.load_experts, index)
+
     def _here(self, inputs: Inputs) -> Inputs:
-        return {name: value.to(self.device) for name, value in inputs.items()}
+        return {name: value.to(self.device, non_blocking=True) for name, value in inputs.items()}
 
 
 def _trim_heap() -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
 import os
 import threading
 from collections.abc import Iterator, Mapping, Sequence
@@ -29,6 +30,12 @@ if TYPE_CHECKING:
 EMBEDDING, HEAD = -1, -2  # beside the decoder layers: what stands before them, and the last norm and the head
 _STAGE = 1 << 26  # bytes that are read at a time where they are then converted or sent to a device
 _READERS = 4
+_DECODED = 4  # bytes of a number while it is decoded
+_ADVICE = 1 << 17  # bytes: of a longer range Linux reads ahead only as much as the disk's read-ahead, by default this
+
+
+def _readers() -> int:
+    return min(_READERS, os.cpu_count() or 1)
 
 
 class Weights:
@@ -78,6 +85,22 @@ class Weights:
         """Bytes that are read for a layer."""
         pieces = self.pieces(layer, experts=experts)
         return sum(entry.nbytes for piece in pieces for entry in piece.stored.values())
+
+    def filling(self, layer: int, *, experts: bool | None = None) -> int:
+        """Bytes that it takes meanwhile to fill a layer: what each reader converts or decodes at a time."""
+        aside = sorted(map(self._converted, self.pieces(layer, experts=experts)), reverse=True)
+        return sum(aside[: _readers()])
+
+    def _converted(self, piece: Piece) -> int:
+        """Bytes beside a parameter while one of its pieces is filled."""
+        dtype, rows = self._dtypes[piece.parameter], self._value(piece.parameter).shape[0] if piece.stacked else 1
+        stored = sum(entry.nbytes for entry in piece.stored.values()) // rows
+        if "" not in piece.stored:
+            shapes = {role: entry.shape for role, entry in piece.stored.items()}
+            numbers = math.prod(self.scheme.shape(shapes)) // rows  # type: ignore[union-attr]
+            return stored + numbers * (_DECODED + dtype.itemsize)
+        same = torch_dtypes().get(piece.stored[""].dtype) == dtype
+        return 0 if same and self.device.type == "cpu" else min(_STAGE, stored)
 
     def output_width(self, piece: Piece) -> int:
         """Numbers that a matrix gives for a token; 0 for what is no matrix."""
@@ -162,7 +185,7 @@ class Weights:
             with torch.inference_mode():  # which is a thread's own
                 filler.fill(*job)
 
-        with _Files() as files, ThreadPoolExecutor(min(_READERS, os.cpu_count() or 1)) as pool:
+        with _Files() as files, ThreadPoolExecutor(_readers()) as pool:
             filler = _Filler(files, self.scheme)
             list(pool.map(fill, jobs))
 
@@ -283,7 +306,7 @@ class _Filler:
     def _read(self, into: torch.Tensor, stored: Mapping[str, TensorEntry], row: int | None) -> None:
         """Read a weight, or one row of its first axis, into a tensor of the same shape."""
         if "" not in stored:
-            parts = {role: self._whole(entry, row).to(into.device) for role, entry in stored.items()}
+            parts = {role: self._whole(entry, row, into.device) for role, entry in stored.items()}
             into.copy_(self._scheme.decode(parts, into.dtype).reshape(into.shape))  # type: ignore[union-attr]
             return
         entry = stored[""]
@@ -300,23 +323,26 @@ class _Filler:
             self._read_staged(into, entry, begin, dtype)
 
     def _read_staged(self, into: torch.Tensor, entry: TensorEntry, begin: int, dtype: torch.dtype) -> None:
-        import torch
-
         flat = into.view(-1)
         step = _STAGE // dtype.itemsize
         for start in range(0, flat.numel(), step):
-            some = torch.empty(min(step, flat.numel() - start), dtype=dtype)
+            some = _staging((min(step, flat.numel() - start),), dtype, into.device)
             self._files.read(entry.file, begin + start * dtype.itemsize, _bytes_of(some))
             flat[start : start + some.numel()].copy_(some)
 
-    def _whole(self, entry: TensorEntry, row: int | None) -> torch.Tensor:
-        import torch
-
+    def _whole(self, entry: TensorEntry, row: int | None, device: torch.device) -> torch.Tensor:
         shape = entry.shape if row is None else entry.shape[1:]
-        value = torch.empty(shape, dtype=torch_dtypes()[entry.dtype])
+        value = _staging(shape, torch_dtypes()[entry.dtype], device)
         size = value.numel() * value.itemsize
         self._files.read(entry.file, entry.begin + (0 if row is None else row * size), _bytes_of(value))
-        return value
+        return value.to(device)
+
+
+def _staging(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Main memory for what goes to a device; page-locked for a GPU, which then fetches it several times faster."""
+    import torch
+
+    return torch.empty(tuple(shape), dtype=dtype, pin_memory=device.type == "cuda")
 
 
 def _bytes_of(tensor: torch.Tensor) -> memoryview:
@@ -353,6 +379,7 @@ def _advise(runs: Sequence[tuple[Path, int, int]]) -> None:
         with contextlib.suppress(OSError):  # it is only advice: the read itself reports
             descriptor = os.open(file, os.O_RDONLY)
             try:
-                os.posix_fadvise(descriptor, begin, size, os.POSIX_FADV_WILLNEED)
+                for start in range(begin, begin + size, _ADVICE):
+                    os.posix_fadvise(descriptor, start, _ADVICE, os.POSIX_FADV_WILLNEED)
             finally:
                 os.close(descriptor)

@@ -1,0 +1,183 @@
+"""What can be measured: one entry per statistic, with its axes, its merge rule and the point where it is observed.
+
+``STATISTICS`` is what every collection adds up, ``FACTS`` what the weights alone say; both are always there. ``MORE``
+and ``ROWS`` are collected when asked for, and so is what is published under the entry-point group
+``moeprune.statistics``.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any, Literal
+
+from moeprune.errors import ConfigError, nearest
+
+Point = Literal["experts", "residual", "router", "routes", "weights", "sequences"]
+PATHS = 8  # sequences of each domain that are described on their own, unless another number is asked for
+_NO_SIZES: Mapping[str, int] = MappingProxyType({})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Statistic:
+    """How one statistic is measured, stored and merged.
+
+    One of your own names its point, and has a function that is called with what is seen there and returns a tensor of
+    the shape of ``axes``, of the current tokens alone; padding is left out already. It is added up in float64 by domain
+    and half of the data, and is found by its name when it is published under ``moeprune.statistics``.
+
+    Attributes:
+        axes: shape per layer and domain, in letters: E experts, H hidden size, I inner size of an expert, S sequences.
+        meaning: the definition; sums run over the tokens routed to the expert unless it says otherwise. g is the weight
+            the model really multiplied the expert's output f(x) by.
+        merge: how two batches, and two files, combine.
+        integer: whether it counts.
+        point: where it is observed, and what ``measure`` is given. ``experts``:
+            :class:`moeprune.collectors.measures.Slots`. ``residual``: the same with the residual stream. ``router``:
+            logits [T, E]. ``weights``: :class:`moeprune.collectors.weights.ExpertWeights` of one expert at a time, to
+            be described without its first axis E; it has no axis of domains. ``routes`` (from layer to layer) and
+            ``sequences`` (one row each, which are joined) are of this package only.
+        measure: the function; what this package defines needs none here.
+
+    Example:
+        >>> def gate_cubed(slots):
+        ...     return slots.by_expert(slots.gates_TK**3)
+        >>> STATISTIC = Statistic(axes="E", meaning="sum of g³", measure=gate_cubed)
+    """
+
+    axes: str
+    meaning: str
+    merge: Literal["sum", "max"] = "sum"
+    integer: bool = False
+    point: Point = "experts"
+    measure: Callable[[Any], Any] | None = None
+
+    def shape(self, num_experts: int, sizes: Mapping[str, int] = _NO_SIZES) -> tuple[int, ...]:
+        """Shape per layer and domain, with the sizes of axes other than E."""
+        return tuple(num_experts if axis == "E" else sizes[axis] for axis in self.axes)
+
+    @property
+    def by_domain(self) -> bool:
+        """Whether its first axis is the domains of the calibration data."""
+        return self.point not in {"weights", "sequences"}
+
+
+STATISTICS: Mapping[str, Statistic] = {
+    "tokens": Statistic(axes="", meaning="tokens seen, padding left out", integer=True),
+    "count": Statistic(axes="E", meaning="tokens routed to the expert", integer=True),
+    "gate_sum": Statistic(axes="E", meaning="sum of g"),
+    "gate_sq_sum": Statistic(axes="E", meaning="sum of g²"),
+    "soft_prob_sum": Statistic(axes="E", meaning="sum over all tokens of softmax(router logits)", point="router"),
+    "norm_sum": Statistic(axes="E", meaning="sum of ‖f(x)‖"),
+    "norm_sq_sum": Statistic(axes="E", meaning="sum of ‖f(x)‖²"),
+    "gated_norm_sum": Statistic(axes="E", meaning="sum of g‖f(x)‖"),
+    "gated_norm_sq_sum": Statistic(axes="E", meaning="sum of (g‖f(x)‖)²"),
+    "max_abs_down": Statistic(axes="E", meaning="largest |element of f(x)|", merge="max"),
+    "pair_count": Statistic(axes="EE", meaning="tokens routed to both experts", integer=True),
+    "pair_gated_norm": Statistic(axes="EE", meaning="sum over those of g_i‖f_i(x)‖ g_j‖f_j(x)‖"),
+    "gram": Statistic(axes="EE", meaning="sum over those of ⟨g_i f_i(x), g_j f_j(x)⟩"),
+}
+
+MORE: Mapping[str, Statistic] = {
+    "easy_ep_sum": Statistic(
+        axes="E",
+        meaning="sum of max(1 - cos(h, h + routed), 0) g‖f(x)‖, h the residual stream, routed what the experts add",
+        point="residual",
+    ),
+    "gated_in_sq_sum": Statistic(axes="EH", meaning="sum of (g x)² by element of the experts' input"),
+    "gated_mid_sq_sum": Statistic(axes="EI", meaning="sum of (g u)² by element of the down projection's input"),
+    "transition_count": Statistic(
+        axes="EE",
+        meaning="tokens that the MoE layer before routed to i and this one to j",
+        integer=True,
+        point="routes",
+    ),
+    "transition_gate": Statistic(axes="EE", meaning="sum over those of g_i g_j", point="routes"),
+    "wrap_count": Statistic(
+        axes="EE",
+        meaning="at the first MoE layer: tokens that the last one routed to i and, the next token, the first one to j",
+        integer=True,
+        point="routes",
+    ),
+}
+
+ROWS: Mapping[str, Statistic] = {
+    "path_prob": Statistic(axes="SE", meaning="mean over its tokens of softmax(router logits)", point="sequences"),
+    "path_norm": Statistic(axes="SE", meaning="mean over all its tokens of ‖f(x)‖, routed or not", point="sequences"),
+    "path_loss": Statistic(
+        axes="SE", meaning="‖Y - Y_e‖_F, Y the routed output, Y_e when e has all of the gates", point="sequences"
+    ),
+    "path_scale": Statistic(axes="S", meaning="‖Y‖_F", point="sequences"),
+    "path_domain": Statistic(axes="S", meaning="position of its domain in the header", integer=True, point="sequences"),
+    "path_row": Statistic(axes="S", meaning="its number in its domain", integer=True, point="sequences"),
+}
+
+FACTS: Mapping[str, Statistic] = {
+    "weight_abs_sum": Statistic(axes="E", meaning="sum of |w| over gate, up and down", point="weights"),
+    "weight_sq_sum": Statistic(axes="E", meaning="sum of w² over gate, up and down", point="weights"),
+    "weight_numel": Statistic(
+        axes="", meaning="elements of one expert's three matrices", integer=True, point="weights"
+    ),
+    "gate_col_l1": Statistic(axes="EH", meaning="sum of |w| over each input's column of gate", point="weights"),
+    "up_col_l1": Statistic(axes="EH", meaning="sum of |w| over each input's column of up", point="weights"),
+    "down_col_l1": Statistic(axes="EI", meaning="sum of |w| over each input's column of down", point="weights"),
+}
+
+BUILTIN: Mapping[str, Statistic] = {**STATISTICS, **MORE, **ROWS, **FACTS}
+
+
+def find(name: str) -> Statistic | None:
+    """The statistic of that name, built in or published by another package; None where there is none."""
+    return BUILTIN.get(name) or _published(name)
+
+
+@functools.cache
+def _published(name: str) -> Statistic | None:
+    from importlib.metadata import entry_points
+
+    for point in entry_points(group="moeprune.statistics", name=name):
+        loaded = point.load()
+        if not isinstance(loaded, Statistic) or loaded.measure is None or loaded.point in {"routes", "sequences"}:
+            raise ConfigError(
+                f"the statistic {name!r} that {point.value} publishes cannot be measured",
+                "it must be a moeprune.statistics.Statistic with a point of its own and a function `measure`",
+            )
+        return loaded
+    return None
+
+
+def _published_names() -> set[str]:
+    from importlib.metadata import entry_points
+
+    return {point.name for point in entry_points(group="moeprune.statistics")} - BUILTIN.keys()
+
+
+def requested(names: Iterable[str]) -> tuple[str, ...]:
+    """What has to be collected beyond what always is.
+
+    Args:
+        names: of statistics; ``core`` is what always is, ``all`` is everything. Of rows, one stands for all.
+
+    Returns:
+        Names in the order that files have.
+
+    Raises:
+        ConfigError: there is no such statistic.
+    """
+    wanted: set[str] = set()
+    for name in names:
+        if name == "all":
+            wanted |= BUILTIN.keys() | _published_names()
+        elif name != "core":
+            if find(name) is None:
+                raise ConfigError(f"there is no statistic {name!r}", nearest(name, [*BUILTIN, *_published_names()]))
+            wanted |= ROWS.keys() if name in ROWS else {name}
+    return in_order(wanted - STATISTICS.keys() - FACTS.keys())
+
+
+def in_order(names: Iterable[str]) -> tuple[str, ...]:
+    """Names in the order that files have: built-in ones in that of their tables, then the others."""
+    given = set(names)
+    return (*(name for name in BUILTIN if name in given), *sorted(given - BUILTIN.keys()))

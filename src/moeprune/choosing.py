@@ -1,0 +1,151 @@
+"""``--strategy auto``: a plan by every strategy that the statistics allow, and the mix of them that predicts best."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from moeprune._files import note, progress
+from moeprune.checkpoint import Checkpoint
+from moeprune.errors import ConfigError, StrategyError
+from moeprune.planner import Decisions, derive, make_plan
+from moeprune.plans import LayerPlan, PruningPlan
+from moeprune.statistics import RouterStatistics
+from moeprune.strategies import AUTO, BUILTIN
+from moeprune.strategies.auto import Choice, Keeps, Rules, Trial, search
+
+if TYPE_CHECKING:
+    from moeprune.calibration import CalibrationSet
+    from moeprune.evaluation.evaluator import Evaluator, PlanScore
+
+
+def auto_plan(
+    checkpoint: Checkpoint,
+    statistics: RouterStatistics,
+    wanted: Decisions,
+    evaluator: Evaluator,
+    *,
+    rounds: int = 2,
+    selection: CalibrationSet | None = None,
+) -> PruningPlan:
+    """Plan by every strategy, score the plans on selection text, and mix their layers.
+
+    An interrupt ends the search with the best plan so far, once all candidates have been scored.
+
+    Args:
+        checkpoint: the model the plan is for.
+        statistics: what was measured on it.
+        wanted: budget and the rest; its strategy is passed over.
+        evaluator: scores keep-lists against the original on text that nothing was calibrated on.
+        rounds: how often every layer may change its keep-list; 0 takes the best candidate as it is.
+        selection: the text, for the plan to tell.
+
+    Raises:
+        StrategyError: the statistics serve no strategy.
+        ConfigError, PlanError: whatever :func:`moeprune.planner.make_plan` refuses.
+    """
+    if wanted.allow_non_uniform:
+        raise ConfigError("--strategy auto keeps the same number in every layer", "leave --allow-non-uniform out")
+    plans = candidates(checkpoint, statistics, wanted)
+    layers = checkpoint.moe_layers
+    keeps = {name: {layer: plan.layers[layer].keep for layer in layers} for name, plan in plans.items()}
+    some = next(iter(plans.values()))
+    protected = {int(layer): frozenset(who) for layer, who in some.strategy.get("protected", {}).items()}
+    rules = Rules(num_experts=checkpoint.num_experts, n_group=checkpoint.n_group, protected=protected)
+    choice = _searched(keeps, _score_with(evaluator), rules, rounds)
+    return _as_plan(checkpoint, wanted, plans[choice.best], choice, plans, selection)
+
+
+def candidates(checkpoint: Checkpoint, statistics: RouterStatistics, wanted: Decisions) -> dict[str, PruningPlan]:
+    """Plans by every built-in strategy that a formula decides and whose statistics are there.
+
+    Raises:
+        StrategyError: there is none.
+    """
+    plans: dict[str, PruningPlan] = {}
+    for name, strategy in BUILTIN.items():
+        if strategy.search or not (strategy.calibrated or strategy.needs):
+            continue  # searches take long, and a control is no candidate
+        try:
+            plans[name] = make_plan(checkpoint, statistics, dataclasses.replace(wanted, strategy=name))
+        except StrategyError:
+            continue  # its statistics were not collected
+    if not plans:
+        raise StrategyError("the statistics serve no strategy to choose from", "collect with calibration data")
+    return plans
+
+
+def _score_with(evaluator: Evaluator) -> Callable[[Sequence[Keeps]], list[Trial]]:
+    return lambda keeps: [_trial(score) for score in evaluator(keeps)]
+
+
+def _trial(score: PlanScore) -> Trial:
+    return Trial(
+        kl=score.agreement.kl.value,
+        top1=score.agreement.top1.value,
+        perplexity_ratio=score.perplexity_ratio.value,
+    )
+
+
+def _searched(
+    keeps: Mapping[str, Keeps], score: Callable[[Sequence[Keeps]], list[Trial]], rules: Rules, rounds: int
+) -> Choice:
+    """Run the search to its end, or until the user interrupts it."""
+    found: Choice | None = None
+    try:
+        for choice in progress(search(keeps, score, rules, rounds=rounds), "choosing", unit="step"):
+            found = choice
+    except KeyboardInterrupt:
+        if found is None:
+            raise
+        note("interrupted: the plan is the best one so far")
+    assert found is not None  # noqa: S101 - the candidates' scores come first
+    return found
+
+
+def _as_plan(
+    checkpoint: Checkpoint,
+    wanted: Decisions,
+    best: PruningPlan,
+    choice: Choice,
+    plans: Mapping[str, PruningPlan],
+    selection: CalibrationSet | None,
+) -> PruningPlan:
+    """The plan of the chosen mix; what it says beside the keep-lists is that of the best candidate where it holds."""
+    layers = dict(best.layers)
+    for layer, keep in choice.keeps.items():
+        source = plans.get(choice.origin[layer], best).layers[layer]
+        layers[layer] = dataclasses.replace(source, keep=keep)
+    last = checkpoint.moe_layers[-1]
+    for layer, decision in best.layers.items():
+        if decision.copied_from == last:
+            layers[layer] = LayerPlan(keep=layers[last].keep, copied_from=last)
+    described: dict[str, Any] = {"name": AUTO.name, "what": AUTO.summary}
+    described |= {key: best.strategy[key] for key in ("protected",) if key in best.strategy} | choice.to_dict()
+    text = {"selection": selection.fingerprint} if selection is not None else {}
+    mixed = dataclasses.replace(
+        best,
+        layers=layers,
+        command=dict(best.command) | {"strategy": AUTO.name},
+        inputs=dict(best.inputs) | text,
+        strategy=described,
+        coverage={},
+        stability={},
+        notes=[line for line in best.notes if "halves of the calibration data" not in line],
+    )
+    return derive(checkpoint, mixed)
+
+
+def check_disjoint(calibration: CalibrationSet, selection: CalibrationSet) -> None:
+    """Refuse to choose on text that the candidates were calibrated on.
+
+    Raises:
+        ConfigError: some sequence is in both.
+    """
+    shared = set(calibration.sequences) & set(selection.sequences)
+    if shared:
+        raise ConfigError(
+            f"{len(shared)} sequences of the selection text are calibration data too",
+            "choose on text that nothing was calibrated on: another --selection",
+        )
