@@ -6,8 +6,9 @@
 One model (the layer shapes of Qwen3-30B-A3B: hidden 2048, 128 experts of 768, top-8; four layers, 4.7 GB of random
 weights in bfloat16), the same batches of the same tokens, one process per way, a warm cache. Seconds count from the
 first read of the model to the finished statistics, or to a model that is pruned in memory for llm-compressor, which has
-no other result; memory is the peak of anonymous memory above what the process held after its imports, and the peak of
-all resident memory. llm-compressor runs in three ways:
+no other result; CPU seconds are those of all threads. Memory is the peak of anonymous memory above what the process
+held after its imports, and the peak of all resident memory, in which mapped files count too. llm-compressor runs in
+three ways:
 
     by its example    as its own REAP example does: from_pretrained, experts see the tokens that are routed to them
     leanest           loaded into the layout that it works on; every layer runs once; the causal mask is given to it
@@ -17,8 +18,8 @@ Only the leanest way scores the model that moeprune scores: the others score eac
 already. They also attend to later tokens, since no causal mask reaches the attention in what llm-compressor traces
 (0.14.0.1 with transformers 5.17). `--dtype float32` compares the scores without the rounding of bfloat16.
 
-Targets: at most 1.25 times the seconds of the forward passes; at least 5 times as fast as llm-compressor by its
-example; streamed, at most a quarter of its memory.
+Targets: at most 1.25 times the seconds of the forward passes; at least 5 times as fast as llm-compressor; streamed, at
+most a quarter of its resident memory.
 """
 
 from __future__ import annotations
@@ -45,9 +46,9 @@ PEERS = {
     "llm-compressor, leanest": {"moe_calibrate_all_experts": False, "propagate_error": False},
     "llm-compressor, by default": {},
 }
-EXAMPLE, LEANEST, _ = PEERS
+LEANEST = list(PEERS)[1]
 RATIO = 0.5
-Found = dict[str, Any]  # seconds, anonymous, resident; what a way kept, by layer
+Found = dict[str, Any]  # what a way took: seconds, cpu, anonymous, resident; versions; saliencies of llm-compressor
 Work = Callable[[], Found]
 
 
@@ -160,12 +161,19 @@ def run_way(options: argparse.Namespace) -> None:
 
     torch.set_num_threads(options.threads)
     work = {FORWARD: plain, RESIDENT: moeprune, STREAMED: moeprune}.get(options.way, peer)(options)
-    idle, begun = status("RssAnon"), time.perf_counter()
+    idle, begun, busy = status("RssAnon"), time.perf_counter(), time.process_time()
     with watched_peak() as peak:
         found = work()
-    found |= {"seconds": time.perf_counter() - begun, "anonymous": peak[0] - idle, "resident": status("VmHWM")}
-    found["versions"] = {name: importlib.metadata.version(name) for name in ("torch", "transformers")}
+    found |= {"seconds": time.perf_counter() - begun, "cpu": time.process_time() - busy}
+    found |= {"anonymous": peak[0] - idle, "resident": status("VmHWM"), "versions": versions()}
     print(json.dumps(found), flush=True)
+
+
+def versions() -> str:
+    """What is installed here."""
+    installed = {each.metadata["Name"]: each.version for each in importlib.metadata.distributions()}
+    names = ("torch", "transformers", "moeprune", "llmcompressor")
+    return ", ".join(f"{name} {installed[name]}" for name in names if name in installed)
 
 
 # --- side by side ---------------------------------------------------------------------------------------------------
@@ -202,7 +210,7 @@ def main() -> None:
 
 
 def prepare(options: argparse.Namespace) -> None:
-    """Build the model and the batches."""
+    """Build the model and the batches, and read the model's files once."""
     from moeprune import load_calibration
 
     folder = options.work / f"model-{options.layers}{'-small' * options.small}"
@@ -211,6 +219,10 @@ def prepare(options: argparse.Namespace) -> None:
     options.batches = options.work / "batches.json"
     batches = load_calibration([str(options.ids)], options.model).batches(options.batch_tokens)
     options.batches.write_text(json.dumps([batch.sequences for batch in batches]))
+    for file in options.model.glob("*.safetensors"):
+        with file.open("rb", buffering=0) as handle:
+            while handle.read(1 << 24):
+                pass
 
 
 def child(options: argparse.Namespace, way: str) -> Found:
@@ -237,26 +249,26 @@ def show(options: argparse.Namespace, runs: dict[str, list[Found]]) -> None:
     size = sum(file.stat().st_size for file in options.model.glob("*.safetensors")) / 1e9
     tokens, cores = options.samples * options.length, len(os.sched_getaffinity(0))
     print(f"{size:.1f} GB, {options.layers} layers; {tokens:,} tokens; {options.threads} threads, {cores} cores")
-    print(f"{'':32}{'seconds':>8}{'ratio':>7}{'anonymous GB':>14}{'resident GB':>13}  all runs")
+    print(f"{'':32}{'seconds':>8}{'ratio':>7}{'CPU s':>8}{'anonymous GB':>14}{'resident GB':>13}  all runs")
     seconds = {way: statistics.median(run["seconds"] for run in found) for way, found in runs.items()}
-    peak = {way: max(run["anonymous"] for run in found) for way, found in runs.items()}
+    resident = {way: max(run["resident"] for run in found) for way, found in runs.items()}
     for way, found in runs.items():
-        resident = max(run["resident"] for run in found) / 1e9
+        cpu = statistics.median(run["cpu"] for run in found)
+        anonymous = max(run["anonymous"] for run in found)
         each = " ".join(f"{run['seconds']:.1f}" for run in found)
-        row = f"{way:32}{seconds[way]:8.1f}{seconds[way] / seconds[FORWARD]:7.2f}"
-        print(f"{row}{peak[way] / 1e9:14.2f}{resident:13.2f}  {each}")
-    versions = {way: runs[way][0]["versions"] for way in runs}
-    print("versions: " + ", ".join(f"{name} {version}" for name, version in versions[FORWARD].items()))
+        row = f"{way:32}{seconds[way]:8.1f}{seconds[way] / seconds[FORWARD]:7.2f}{cpu:8.1f}"
+        print(f"{row}{anonymous / 1e9:14.2f}{resident[way] / 1e9:13.2f}  {each}")
+    for installed in dict.fromkeys(found[0]["versions"] for found in runs.values()):
+        print(installed)
     for way in (RESIDENT, STREAMED):
         report(f"{way} / {FORWARD}", seconds[way] / seconds[FORWARD], FORWARD_TARGET, most=True)
-    if EXAMPLE not in runs:
+    for theirs in (way for way in PEERS if way in runs):
+        report(f"{theirs} / {RESIDENT}, seconds", seconds[theirs] / seconds[RESIDENT], SPEED_TARGET, most=False)
+        report(f"{STREAMED} / {theirs}, memory", resident[STREAMED] / resident[theirs], MEMORY_TARGET, most=True)
+    if options.peer_python:
+        compare_choices(options, runs)
+    else:
         print("llm-compressor: not measured (give --peer-python)")
-        return
-    print("llm-compressor's: " + ", ".join(f"{name} {version}" for name, version in versions[EXAMPLE].items()))
-    for way in (RESIDENT, STREAMED):
-        report(f"{EXAMPLE} / {way}, seconds", seconds[EXAMPLE] / seconds[way], SPEED_TARGET, most=False)
-    report(f"{STREAMED} / {EXAMPLE}, memory", peak[STREAMED] / peak[EXAMPLE], MEMORY_TARGET, most=True)
-    compare_choices(options, runs)
 
 
 def report(what: str, value: float, target: float, *, most: bool) -> None:

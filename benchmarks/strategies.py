@@ -72,7 +72,8 @@ class Bench:
         self.checkpoint = open_checkpoint(folder)
         self.model: Any = load_model(self.checkpoint, device="cpu", dtype="float32")
         self.tokenizer = AutoTokenizer.from_pretrained(folder)
-        self.statistics = collect(folder, calibration=str(BUNDLED / "calibration.jsonl"), dtype="float32")
+        calibration = str(BUNDLED / "calibration.jsonl")
+        self.statistics = collect(folder, calibration=calibration, dtype="float32", statistics=("all",))
         self.texts = {name: self._encode(BUNDLED / f"{name}.jsonl") for name in ("heldout", "selection")}
         self.settings = EvalSettings(tasks=("tiny",), include_path=BUNDLED / "tasks", batch_size=32, limit=limit)
 
@@ -321,7 +322,8 @@ def main() -> None:
     parser.add_argument("-o", "--output", type=Path, help="Markdown file; stdout otherwise")
     parser.add_argument("--models", nargs="+", default=list(MODELS), choices=list(MODELS))
     parser.add_argument("--folder", type=Path, help="another folder for the one model named")
-    parser.add_argument("--strategies", nargs="+", default=list(BUILTIN))
+    formulas = [name for name, strategy in BUILTIN.items() if not strategy.search]
+    parser.add_argument("--strategies", nargs="+", default=formulas)
     parser.add_argument("--ratios", nargs="+", default=list(RATIOS))
     parser.add_argument("--limit", type=int, help="first N questions of each task")
     parser.add_argument("--threads", type=int, default=2)

@@ -124,7 +124,7 @@ def run_way(options: argparse.Namespace) -> None:
     expected = None
     if options.way == "stream":
         given |= {"stream": True, "memory": options.memory}
-        predicted = forecast(options.model, options.output, **given)
+        predicted = forecast(options.model, options.output, overwrite=True, **given)
         expected = predicted.to_dict() if predicted else None
         limit = status("VmSize") + options.memory
         resource.setrlimit(resource.RLIMIT_AS, (limit, limit))

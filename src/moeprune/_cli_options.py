@@ -141,11 +141,20 @@ BudgetName = Annotated[
     typer.Option(
         "--budget",
         metavar="NAME[:K=V,...]",
-        help="Shares experts out over layers: uniform, global, laep[:alpha=A,beta=B], coverage[:fraction=F].",
+        help="Shares experts out over layers: uniform, global, laep[:alpha=A,beta=B], coverage[:fraction=F], "
+        "evolve[:generations=N].",
     ),
 ]
 NonUniform = Annotated[
     bool, typer.Option("--allow-non-uniform", help="Let layers keep different numbers: only transformers loads that.")
+]
+Selection = Annotated[
+    list[str],
+    typer.Option(
+        "--selection",
+        metavar="[DOMAIN=]SOURCE",
+        help="Repeatable: text of its own on which --budget evolve scores counts, 64 rows of each source.",
+    ),
 ]
 Rearrange = Annotated[
     int,

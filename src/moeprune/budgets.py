@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Set
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
+from moeprune._files import note, progress
 from moeprune.errors import ConfigError
 from moeprune.plans import Budget, RouterShape
 from moeprune.statistics import FloatArray
 from moeprune.strategies.allocate import Allocation, IntArray, allocate, kept_mass, least_steps, step_mass
+from moeprune.strategies.evolve import evolve
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -90,7 +92,47 @@ class LayerMasses:
         steps_L = allocate(allocation, self.mass, self.load, least_L=self.least, total=total)
         if steps_L.sum() == self.mass.size:
             raise ConfigError(f"--budget {allocation.name} lets no expert go", "choose other thresholds, or a --ratio")
-        return {layer: int(steps) * self.shape.n_group for layer, steps in zip(self.layers, steps_L, strict=True)}
+        return self._by_layer(steps_L.tolist())
+
+    def search(
+        self,
+        allocation: Allocation,
+        kept: int,
+        cost: Callable[[Sequence[Mapping[int, int]]], Sequence[float]],
+        seed: int,
+    ) -> tuple[dict[int, int], dict[str, Any]]:
+        """Experts that each layer would keep by what that does to the predictions, and what the search found.
+
+        It starts from equal counts and from what the other budgets wish for. Interrupted, it gives the best so far.
+
+        Args:
+            allocation: the budget, which says how long to search.
+            kept: experts that stay per layer on average.
+            cost: costs of candidates, each given by the experts that every layer keeps.
+            seed: of the search.
+        """
+        step, size = self.shape.n_group, self.mass.shape[1]
+        starts = [self.wish(Allocation(name=name), kept) for name in ("uniform", "global", "coverage")]
+        states = evolve(
+            [tuple(start[layer] // step for layer in self.layers) for start in starts],
+            lambda found: cost([self._by_layer(counts) for counts in found]),
+            least=tuple(map(int, self.least)),
+            most=size,
+            generations=allocation.generations,
+            seed=seed,
+        )
+        found = next(states)
+        try:
+            for state in progress(states, "searching counts", total=allocation.generations, unit="generation"):
+                found = state
+        except KeyboardInterrupt:
+            note("interrupted: the best counts so far are taken")
+        told = {"kl": {"uniform": found.first, "best": found.cost}, "scored": found.scored}
+        told |= {"generations": found.generation, "finished": found.finished}
+        return self._by_layer(found.best), told
+
+    def _by_layer(self, steps: Sequence[int]) -> dict[int, int]:
+        return {layer: int(count) * self.shape.n_group for layer, count in zip(self.layers, steps, strict=True)}
 
     def share(self, kept: Mapping[int, int]) -> float:
         """Share of its score mass that a layer keeps, mean over layers."""

@@ -17,6 +17,7 @@ from moeprune.errors import ConfigError, nearest
 
 Point = Literal["experts", "residual", "router", "routes", "weights", "sequences"]
 PATHS = 8  # sequences of each domain that are described on their own, unless another number is asked for
+_OURS_ALONE = {"routes", "sequences"}  # points that other packages cannot name
 _NO_SIZES: Mapping[str, int] = MappingProxyType({})
 
 
@@ -139,10 +140,14 @@ def _published(name: str) -> Statistic | None:
 
     for point in entry_points(group="moeprune.statistics", name=name):
         loaded = point.load()
-        if not isinstance(loaded, Statistic) or loaded.measure is None or loaded.point in {"routes", "sequences"}:
+        if not isinstance(loaded, Statistic) or loaded.measure is None or loaded.point in _OURS_ALONE:
             raise ConfigError(
                 f"the statistic {name!r} that {point.value} publishes cannot be measured",
                 "it must be a moeprune.statistics.Statistic with a point of its own and a function `measure`",
+            )
+        if not name.isidentifier():
+            raise ConfigError(
+                f"the statistic {name!r} that {point.value} publishes has no name that strategies can use"
             )
         return loaded
     return None

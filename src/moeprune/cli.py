@@ -75,6 +75,7 @@ def prune(
     budget: opt.BudgetName = "uniform",
     allow_non_uniform: opt.NonUniform = False,
     rearrange: opt.Rearrange = 1,
+    selection: opt.Selection = [],  # noqa: B006 - typer copies it
     mtp: opt.Mtp = "cut",
     max_shard_size: opt.ShardSize = "5GB",
     backend: opt.Backend = "hf",
@@ -130,6 +131,7 @@ def prune(
         budget=budget,
         allow_non_uniform=allow_non_uniform,
         rearrange=rearrange,
+        selection=selection,
         mtp=mtp,
         max_shard_size=_files.parse_size(max_shard_size),
         backend=backend,
@@ -247,6 +249,15 @@ def plan(
     budget: opt.BudgetName = "uniform",
     allow_non_uniform: opt.NonUniform = False,
     rearrange: opt.Rearrange = 1,
+    selection: opt.Selection = [],  # noqa: B006 - typer copies it
+    max_length: opt.MaxLength = 2048,
+    batch_tokens: opt.BatchTokens = 8192,
+    device: opt.Device = None,
+    dtype: opt.Dtype = "auto",
+    stream: opt.Stream = None,
+    memory: opt.Memory = None,
+    device_memory: opt.DeviceMemory = None,
+    trust_remote_code: opt.Trust = False,
     mtp: opt.Mtp = "cut",
     seed: opt.Seed = 0,
     revision: opt.Revision = None,
@@ -262,6 +273,16 @@ def plan(
 
     if output is None and not dry_run:
         raise ConfigError("plan needs an output file", "pass -o plan.json, or --dry-run to look only")
+    running = {
+        "max_length": None if max_length == 2048 else max_length,
+        "batch_tokens": None if batch_tokens == 8192 else batch_tokens,
+        "device": device,
+        "dtype": None if dtype == "auto" else dtype,
+        "stream": stream,
+        "memory": opt.size_of(memory),
+        "device_memory": opt.size_of(device_memory),
+        "trust_remote_code": trust_remote_code or None,
+    }
     made = pipeline.plan(
         statistics,
         model,
@@ -278,11 +299,13 @@ def plan(
         budget=budget,
         allow_non_uniform=allow_non_uniform,
         rearrange=rearrange,
+        selection=selection,
         mtp=mtp,  # type: ignore[arg-type]  # checked by the planner
         seed=seed,
         revision=revision,
         output=None if dry_run else output,
         overwrite=overwrite,
+        **{name: value for name, value in running.items() if value is not None},
     )
     out.say_notes(made.notes)
     out.print_plan(made, None if dry_run else output, as_json=as_json)
@@ -338,7 +361,7 @@ def evaluate(
     pruned: Annotated[
         list[str],
         typer.Argument(
-            metavar="PRUNED...",
+            metavar="PRUNED",
             help="With --tasks a pruned checkpoint, folder or Hub id; with --text plan files or pruned folders.",
         ),
     ],

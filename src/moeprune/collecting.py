@@ -109,7 +109,7 @@ def _with_facts(
 
 def _facts(checkpoint: Checkpoint, settings: CalibrationOptions) -> dict[int, dict[str, AnyArray]]:
     """What the weights alone say by decoder layer, from the files, some experts of a layer at a time."""
-    from moeprune.collectors.weights import facts_of
+    from moeprune.collectors.weights import Loader, facts_of, step_of
     from moeprune.experts import expert_layers
 
     try:
@@ -121,7 +121,8 @@ def _facts(checkpoint: Checkpoint, settings: CalibrationOptions) -> dict[int, di
     begin_work()
     wanted = progress(settings.observed(checkpoint), "reading weights", unit="layer")
     more = [name for name in settings.measured if known(name).point == "weights"]
-    return {index: facts_of(layers[index], more, stream.loader(index)) for index in wanted}
+    loaders = {index: Loader(read=stream.loader(index), step=step_of(experts)) for index, experts in layers.items()}
+    return {index: facts_of(layers[index], more, loaders[index]) for index in wanted}
 
 
 def _domains(data: CalibrationSet) -> tuple[str, ...]:
@@ -152,8 +153,10 @@ def _resident(
     )
     begin_work()
     layers = settings.observed(checkpoint)
+    # Layers before those that are asked for run alike too, so that slices are of one whole.
+    observed = [layer for layer in checkpoint.moe_layers if layer <= max(layers)]
     request = _request(settings, data)
-    observation = run_batches(loaded, batches, checkpoint, layers, domains=_domains(data), request=request)
+    observation = run_batches(loaded, batches, checkpoint, observed, domains=_domains(data), request=request)
     return {index: observation.take(index) for index in layers}
 
 
@@ -374,8 +377,7 @@ def arrange(
     load = Load(
         shapes=[(len(batch.sequences), max(map(len, batch.sequences))) for batch in batches],
         last=request.last_layer(observed, checkpoint.moe_layers),
-        sums=_sums_bytes(stream, request, len(_domains(data)), len(observed))
-        + _routes_bytes(checkpoint, request, batches),
+        sums=_sums_bytes(stream, request, len(_domains(data)), len(observed)) + _more_bytes(stream, request, batches),
         durable=kept,
     )
     expected = forecast(stream.weights, load, limits_of(settings, stream.device))
@@ -388,12 +390,26 @@ def _request(settings: CalibrationOptions, data: CalibrationSet) -> Request:
     return Request(statistics=settings.measured, paths=settings.paths, sequences=Counter(data.domains))
 
 
-def _routes_bytes(checkpoint: Checkpoint, request: Request, batches: Sequence[Batch]) -> int:
-    """Where tokens went: two lists of experts and their gates, of which the states of all batches hold a copy."""
-    if not any(known(name).point == "routes" for name in request.statistics):
-        return 0
-    tokens = sum(len(batch.sequences) * max(map(len, batch.sequences)) for batch in batches)
-    return 8 * tokens * checkpoint.top_k
+def _more_bytes(stream: LayerStream, request: Request, batches: Sequence[Batch]) -> int:
+    """What statistics that are asked for take beside their sums."""
+    from moeprune.collectors.weights import sizes_of
+    from moeprune.experts import expert_layers, slot_rows
+
+    points = {known(name).point for name in request.statistics}
+    sizes = {"H": 0, "I": 0} | sizes_of(expert_layers(stream.model)[0].experts)
+    shapes = [(len(batch.sequences), max(map(len, batch.sequences))) for batch in batches]
+    tokens = [rows * length for rows, length in shapes]
+    top_k, wide = stream.weights.checkpoint.top_k, stream.model.dtype.itemsize
+    needed = 0
+    if "routes" in points:  # where each token went, which the states hold: twice in 2 bytes, and its gates in 4
+        needed += 8 * top_k * sum(tokens)
+    if points & {"experts", "residual"}:  # the slots without padding
+        needed += top_k * max(tokens, default=0) * sizes["H"] * wide
+    if "sequences" in points:  # a sequence in front of many experts
+        rows = slot_rows(sizes["H"], sizes["E"], stream.device.type)
+        longest = max((length for _, length in shapes), default=0)
+        needed += min(rows, longest * sizes["E"]) * (2 * sizes["H"] + 3 * sizes["I"]) * wide
+    return needed
 
 
 def _sums_bytes(stream: LayerStream, request: Request, domains: int, layers: int) -> int:

@@ -18,18 +18,20 @@ from moeprune.collectors.distributed import refuse_many
 from moeprune.errors import ConfigError, EvaluationError
 from moeprune.evaluation.harness import preflight
 from moeprune.evaluation.settings import EvalSettings
-from moeprune.pipeline import BUNDLED, check_space, default_output, evaluate_checkpoints
+from moeprune.pipeline import BUNDLED, check_can_load, check_space, default_output, evaluate_checkpoints
 from moeprune.planner import Decisions, check_decisions, make_plan, preview
 from moeprune.plans import PruningPlan
 from moeprune.reconstructing import subset_loss_of
 from moeprune.rewrite.drop import DEFAULT_SHARD_SIZE, PROVENANCE, apply_drop, check_output
 from moeprune.rewrite.verify import verify_drop
+from moeprune.scoring import SelectionText, load_selection, selection_evaluator
 from moeprune.statistics import RouterStatistics
 from moeprune.strategies import DEFAULT, Criterion, GlobalCriterion, resolve
 from moeprune.strategies.allocate import Allocation
 
 if TYPE_CHECKING:
     from moeprune.evaluation.compare import EvalReport
+    from moeprune.evaluation.reconstruction import SubsetLoss
     from moeprune.rewrite.verify import Verification
     from moeprune.streaming.forecast import Forecast
 
@@ -62,6 +64,7 @@ def prune(
     margin: float = 1.0,
     round_to: int = 1,
     budget: str = "uniform",
+    selection: Sequence[str] | str = (),
     max_shard_size: int = DEFAULT_SHARD_SIZE,
     revision: str | None = None,
     overwrite: bool = False,
@@ -80,7 +83,8 @@ def prune(
         tasks: lm-eval tasks; none means no evaluation.
         margin: acceptable loss in points.
         round_to: make the kept count a multiple of this.
-        budget: how the experts that stay are shared out over layers, as for :func:`moeprune.plan`.
+        budget: how the experts that stay are shared out over layers, as for :func:`moeprune.plan`; and
+        selection: the text on which it searches, if it does.
         max_shard_size: bytes of tensors per file.
         revision: of a Hub model.
         overwrite: replace a folder that is not empty.
@@ -113,18 +117,35 @@ def prune(
     settings = CalibrationOptions(sources=sources, **calibrated)
     settings = dataclasses.replace(settings, statistics=(*several(settings.statistics), *resolve(strategy).needs))
     data = _load(checkpoint, settings, wanted)
+    text = load_selection(checkpoint, settings, several(selection), allocation)
     evaluation = _preflight(names, evaluated, checkpoint) if names else None
+    if evaluation and wanted.allow_non_uniform:
+        check_can_load(evaluation)
     if dry_run:
         expected = expected_of(checkpoint, settings, data, output=target) if data else None
         return PruneResult(output=target, plan=look, forecast=expected)
     facts = bool(FACTS.keys() & resolve(strategy).needs)
     with collected(checkpoint, settings, data, output=target, facts=facts) as statistics:
         with subset_loss_of(checkpoint, settings, data, resolve(strategy), output=target) as subset_loss:
-            made = make_plan(checkpoint, statistics, wanted, subset_loss)
+            made = _planned(checkpoint, statistics, wanted, subset_loss, text, target)
         records = _records(statistics)
         apply_drop(checkpoint, made, target, max_shard_size=max_shard_size, overwrite=overwrite, extra=records)
     result = PruneResult(output=target, plan=made, statistics=statistics, verification=verify_drop(checkpoint, target))
     return _evaluated(result, checkpoint, evaluation, margin) if evaluation else result
+
+
+def _planned(
+    checkpoint: Checkpoint,
+    statistics: RouterStatistics,
+    wanted: Decisions,
+    subset_loss: SubsetLoss | None,
+    text: SelectionText | None,
+    target: Path,
+) -> PruningPlan:
+    """The plan, with whatever runs the model to find it."""
+    with selection_evaluator(checkpoint, text, output=target) as evaluator:
+        fingerprint = text.data.fingerprint if text else ""
+        return make_plan(checkpoint, statistics, wanted, subset_loss, evaluator, fingerprint)
 
 
 def _default_output(model: PathLike, checkpoint: Checkpoint, wanted: Decisions) -> Path:

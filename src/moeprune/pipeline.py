@@ -15,9 +15,11 @@ from moeprune._options import CalibrationOptions, budget_of, by_stage, check_mar
 from moeprune.checkpoint import Checkpoint, open_checkpoint
 from moeprune.collecting import collected, expected_of
 from moeprune.collectors.distributed import process_group
-from moeprune.planner import Blend, Decisions, Protected, derive, make_plan
+from moeprune.errors import ConfigError
+from moeprune.planner import Blend, Decisions, Protected, check_decisions, derive, make_plan
 from moeprune.plans import MtpPolicy, PruningPlan
 from moeprune.rewrite.drop import DEFAULT_SHARD_SIZE, apply_drop, check_output, keep_lists, output_tensors
+from moeprune.scoring import load_selection, selection_evaluator
 from moeprune.statistics import RouterStatistics
 from moeprune.strategies import DEFAULT as DEFAULT_STRATEGY
 from moeprune.strategies import Criterion, GlobalCriterion
@@ -131,13 +133,15 @@ def plan(
     budget: str = "uniform",
     allow_non_uniform: bool = False,
     rearrange: int = 1,
+    selection: Sequence[str] | str = (),
     mtp: MtpPolicy = "cut",
     seed: int = 0,
     revision: str | None = None,
     output: PathLike | None = None,
     overwrite: bool = False,
+    **running: Any,
 ) -> PruningPlan:
-    """Decide which experts stay. Runs without torch.
+    """Decide which experts stay. Runs without torch, but for a budget that searches.
 
     Args:
         statistics: a statistics file, or what :func:`collect` or ``observe`` returned.
@@ -153,16 +157,20 @@ def plan(
         guard: keep super experts whatever the strategy says.
         target: engines that must take the result.
         round_to: make the kept count a multiple of this.
-        budget: how the experts that stay are shared out over layers: ``uniform``, ``global``, ``laep`` or ``coverage``.
-            ``laep:alpha=0.4,beta=0.1`` and ``coverage:fraction=0.9`` say themselves how many stay, without a ratio.
+        budget: how the experts that stay are shared out over layers: ``uniform``, ``global``, ``laep``, ``coverage`` or
+            ``evolve``. ``laep:alpha=0.4,beta=0.1`` and ``coverage:fraction=0.9`` say themselves how many stay, without
+            a ratio.
         allow_non_uniform: let layers keep different numbers, which only transformers loads; else every layer keeps the
             same number, and the plan says what that loses.
         rearrange: order the experts so that so many expert-parallel groups carry about the same load.
+        selection: ``[DOMAIN=]SOURCE`` each: text of its own on which ``evolve`` scores counts, 64 rows of each source.
         mtp: ``cut`` or ``drop`` MTP layers.
-        seed: for strategies that draw.
+        seed: for strategies that draw, and for a search.
         revision: of a Hub model.
         output: plan file to write.
         overwrite: replace ``output``.
+        running: how the model runs on the selection text: ``device``, ``stream``, ``memory``, ``max_length`` and the
+            other fields of :class:`moeprune._options.CalibrationOptions`.
 
     Raises:
         StaleArtifactError: the statistics were made for another model.
@@ -192,7 +200,16 @@ def plan(
         target=target,
         seed=seed,
     )
-    made = make_plan(open_checkpoint(model, revision=revision), stats, wanted)
+    [given] = by_stage(running, CalibrationOptions)
+    if given and not selection:
+        option = f"--{next(iter(given)).replace('_', '-')}"
+        raise ConfigError(f"{option} says how the model runs, and without --selection it does not run")
+    checkpoint = open_checkpoint(model, revision=revision)
+    check_decisions(checkpoint, wanted, domains=stats.domains)
+    text = load_selection(checkpoint, CalibrationOptions(seed=seed, **given), several(selection), wanted.allocation)
+    with selection_evaluator(checkpoint, text, output=Path(output) if output else None) as evaluator:
+        fingerprint = text.data.fingerprint if text else ""
+        made = make_plan(checkpoint, stats, wanted, evaluator=evaluator, selection=fingerprint)
     if output is not None:
         begin_work()
         made.save(output)
@@ -334,6 +351,8 @@ def evaluate_checkpoints(
     overwrite: bool = False,
 ) -> EvalReport:
     """Evaluate two opened checkpoints and write the report."""
+    if pruned.own_counts:
+        check_can_load(settings)
     from moeprune.evaluation.harness import evaluate_pair
     from moeprune.evaluation.report import write_report
 
@@ -348,6 +367,15 @@ def evaluate_checkpoints(
     )
     write_report(report, output)
     return report
+
+
+def check_can_load(settings: EvalSettings) -> None:
+    """Refuse to evaluate a checkpoint whose layers differ by what cannot load it."""
+    if settings.backend != "hf" or not settings.trust_remote_code:
+        raise ConfigError(
+            "only transformers loads layers with different numbers of experts, through a file beside the weights",
+            "evaluate with --model hf and --trust-remote-code",
+        )
 
 
 def compare(

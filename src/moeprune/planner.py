@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -31,6 +31,7 @@ from moeprune.strategies.reconstruction import reconstruct
 from moeprune.strategies.selection import Selection, select
 
 if TYPE_CHECKING:
+    from moeprune.evaluation.evaluator import Evaluator
     from moeprune.evaluation.reconstruction import SubsetLoss
 
 RARE = 20  # an expert seen by fewer tokens than this has a score made of noise
@@ -78,7 +79,12 @@ class Decisions:
 
 
 def make_plan(
-    checkpoint: Checkpoint, statistics: RouterStatistics, wanted: Decisions, subset_loss: SubsetLoss | None = None
+    checkpoint: Checkpoint,
+    statistics: RouterStatistics,
+    wanted: Decisions,
+    subset_loss: SubsetLoss | None = None,
+    evaluator: Evaluator | None = None,
+    selection: str = "",
 ) -> PruningPlan:
     """Plan which experts stay in every MoE layer: the same number in each, unless layers may differ.
 
@@ -87,6 +93,8 @@ def make_plan(
         statistics: what was measured on it.
         wanted: budget, strategy and the rest.
         subset_loss: runs the model's layers with some of their experts, for a strategy that searches.
+        evaluator: scores plans on a selection text, for a budget that searches.
+        selection: fingerprint of that text.
 
     Raises:
         StaleArtifactError: the statistics were made for another model.
@@ -102,7 +110,7 @@ def make_plan(
     if chosen.across_layers or chosen.search:
         own = []  # no decoder layer hands its tokens on to them
     weights = _layer_weights(checkpoint, statistics, wanted, protected)
-    shares = _share_out(checkpoint, statistics, wanted, chosen, protected, weights)
+    shares = _share_out(checkpoint, statistics, wanted, chosen, protected, weights, evaluator)
     kept = {**shares.kept, **dict.fromkeys(own, shares.kept[checkpoint.moe_layers[-1]])}
 
     def choose(part: RouterStatistics, layers: Sequence[int]) -> dict[int, Selection]:
@@ -127,7 +135,9 @@ def make_plan(
         layers=layers,
         config_edits={},
         command=_command(wanted, chosen),
-        inputs={"model": checkpoint.fingerprint} | _calibration_input(statistics),
+        inputs={"model": checkpoint.fingerprint}
+        | _calibration_input(statistics)
+        | ({"selection": selection} if selection else {}),
         budget=shares.budget,
         strategy=_describe(chosen)
         | {"protected": {str(layer): sorted(who) for layer, who in sorted(protected.items())}}
@@ -150,6 +160,7 @@ def _share_out(
     strategy: Strategy,
     protected: Protected,
     weights: LayerWeights,
+    evaluator: Evaluator | None,
 ) -> Shares:
     """How many experts stay in each decoder layer."""
     shape, allocation = checkpoint.router, wanted.allocation
@@ -160,8 +171,33 @@ def _share_out(
     scores = strategy.scores(layers)
     loads = {layer: stats.count for layer, stats in layers.items()} if allocation.by_load else scores
     masses = LayerMasses.of(shape, scores, loads, protected)
-    wish = masses.wish(allocation, kept)
-    return realise(masses, wish, allocation.name, wanted.budget, allow_non_uniform=wanted.allow_non_uniform)
+    searched: dict[str, Any] = {}
+    if allocation.searched and kept is not None:
+        cost = _cost_of_counts(checkpoint, scores, protected, evaluator)
+        wish, searched = masses.search(allocation, kept, cost, wanted.seed)
+    else:
+        wish = masses.wish(allocation, kept)
+    shares = realise(masses, wish, allocation.name, wanted.budget, allow_non_uniform=wanted.allow_non_uniform)
+    return dataclasses.replace(shares, budget={**shares.budget, "search": searched}) if searched else shares
+
+
+def _cost_of_counts(
+    checkpoint: Checkpoint, scores: Mapping[int, FloatArray], protected: Protected, evaluator: Evaluator | None
+) -> Callable[[Sequence[Mapping[int, int]]], list[float]]:
+    """What candidates, given by the experts that every layer keeps, do to the predictions: the mean KL per token."""
+    if evaluator is None:
+        raise ConfigError("--budget evolve scores counts on a text of its own", "name one with --selection")
+
+    @functools.cache
+    def keep(layer: int, count: int) -> tuple[int, ...]:
+        guarded = protected.get(layer, frozenset())
+        return _select(layer, scores[layer], count, n_group=checkpoint.n_group, protected=guarded).keep
+
+    def cost(found: Sequence[Mapping[int, int]]) -> list[float]:
+        keeps = [{layer: keep(layer, count) for layer, count in counts.items()} for counts in found]
+        return [score.agreement.kl.value for score in evaluator(keeps)]
+
+    return cost
 
 
 def _searched(

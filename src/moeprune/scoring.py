@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import itertools
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,16 +19,19 @@ from moeprune.checkpoint import Checkpoint, open_checkpoint
 from moeprune.collecting import check_spill, limits_of, open_stream, spill_folder, streams
 from moeprune.errors import ConfigError, MoePruneError
 from moeprune.evaluation.agreement import batches
-from moeprune.evaluation.evaluator import Evaluator, ResidentEvaluator, check_documents
+from moeprune.evaluation.evaluator import Evaluator, KeepLists, PlanScore, ResidentEvaluator, check_documents
 from moeprune.evaluation.text import TextReport, write_text_report
 from moeprune.plans import PruningPlan
 from moeprune.rewrite.drop import PROVENANCE, check_plan
 from moeprune.statistics import RouterStatistics
+from moeprune.strategies.allocate import Allocation
+from moeprune.strategies.evolve import POPULATION
 
 if TYPE_CHECKING:
     from moeprune.streaming.forecast import Forecast
     from moeprune.streaming.stream import LayerStream
 
+SELECTION_SAMPLES = 64  # rows of each source, as in the paper of the search
 PlanLike = PathLike | PruningPlan
 
 
@@ -69,8 +73,15 @@ def evaluate_text(
     job = _opened(base, plans, text, output, revision=revision, overwrite=overwrite, options=options)
     keeps = [{index: plan.layers[index].keep for index in job.checkpoint.moe_layers} for plan in job.plans.values()]
     with open_evaluator(job.checkpoint, job.settings, job.data, plans=len(keeps), output=job.output) as evaluator:
-        scores = evaluator(keeps)
-    report = TextReport.of(
+        report = _report(job, keeps, evaluator(keeps))
+    if job.output is not None:
+        write_text_report(report, job.output)
+    return report
+
+
+def _report(job: _Job, keeps: Sequence[KeepLists], scores: Sequence[PlanScore]) -> TextReport:
+    plans = {f"plan {name}": sha256_bytes(to_json(plan.to_dict()).encode()) for name, plan in job.plans.items()}
+    return TextReport.of(
         dict(zip(job.plans, scores, strict=True)),
         {name: sum(map(len, keep.values())) / len(keep) for name, keep in zip(job.plans, keeps, strict=True)},
         job.data.domains,
@@ -79,12 +90,8 @@ def evaluate_text(
         text=job.data.provenance,
         warnings=job.warnings,
         command=job.settings.canonical() | {"stage": "text"},
-        inputs={"model": job.checkpoint.fingerprint, "text": job.data.fingerprint}
-        | {f"plan {name}": sha256_bytes(to_json(plan.to_dict()).encode()) for name, plan in job.plans.items()},
+        inputs={"model": job.checkpoint.fingerprint, "text": job.data.fingerprint} | plans,
     )
-    if job.output is not None:
-        write_text_report(report, job.output)
-    return report
 
 
 def forecast_text(
@@ -157,6 +164,52 @@ def open_evaluator(
         yield StreamedEvaluator(stream, data.sequences, settings.batch_tokens, states=states)
 
 
+# --- budgets that search ----------------------------------------------------------------------------------------------
+
+
+def load_selection(
+    checkpoint: Checkpoint, settings: CalibrationOptions, sources: tuple[str, ...], allocation: Allocation
+) -> SelectionText | None:
+    """Read the text on which a budget scores its candidates; None where it scores none.
+
+    Raises:
+        ConfigError: a budget that searches has no text, or one that does not has one.
+        EvaluationError: fewer than two documents with a token to predict.
+    """
+    if allocation.searched is not bool(sources):
+        if sources:
+            raise ConfigError("--selection is for a budget that searches", "add --budget evolve")
+        raise ConfigError(f"--budget {allocation} scores counts on a text of its own", "name one with --selection")
+    if not sources:
+        return None
+    own = dataclasses.replace(
+        settings, sources=sources, num_samples=SELECTION_SAMPLES, shuffle=False, pack=False, layers=None
+    )
+    data = own.load(checkpoint)
+    check_documents(data.sequences)
+    return SelectionText(settings=own, data=data)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SelectionText:
+    """Documents on which candidates are scored, apart from those of the calibration."""
+
+    settings: CalibrationOptions
+    data: CalibrationSet
+
+
+@contextlib.contextmanager
+def selection_evaluator(
+    checkpoint: Checkpoint, text: SelectionText | None, *, output: Path | None = None
+) -> Iterator[Evaluator | None]:
+    """What scores a generation of candidates; None where nothing is scored."""
+    if text is None:
+        yield None
+        return
+    with open_evaluator(checkpoint, text.settings, text.data, plans=POPULATION, output=output) as evaluator:
+        yield evaluator
+
+
 # --- sizes ------------------------------------------------------------------------------------------------------------
 
 
@@ -224,21 +277,21 @@ def _opened(
         _check(checkpoint, name, plan)
     data = settings.load(checkpoint)
     check_documents(data.sequences)
-    known = [name for name, (_, digests) in read.items() if digests & _digests(data.fingerprint, data.provenance)]
+    known = [name for name, (_, seen) in read.items() if seen & _digests([data.fingerprint], data.provenance)]
     return _Job(
         checkpoint=checkpoint,
         settings=settings,
         data=data,
         plans={name: plan for name, (plan, _) in read.items()},
         output=Path(output) if output is not None else None,
-        warnings=tuple(f"{name} was calibrated on this very text: it looks better than it is" for name in known),
+        warnings=tuple(f"{name} was made from this very text: it looks better than it is" for name in known),
     )
 
 
 def _read_plan(source: PlanLike) -> tuple[PruningPlan, set[str]]:
-    """A plan, and the digests of what it was calibrated on as far as they are known."""
+    """A plan, and the digests of the texts that it was made from as far as they are known."""
     if isinstance(source, PruningPlan):
-        return source, _digests(source.inputs.get("calibration"), ())
+        return source, _digests(source.inputs.values(), ())
     file, statistics = Path(source), Path(source) / PROVENANCE / "statistics.safetensors"
     if file.is_dir():
         file = file / PROVENANCE / "plan.json"
@@ -247,12 +300,12 @@ def _read_plan(source: PlanLike) -> tuple[PruningPlan, set[str]]:
             raise ConfigError(f"{source} is no checkpoint that moeprune wrote: it has no {PROVENANCE}/plan.json", hint)
     plan = PruningPlan.load(file)
     provenance = RouterStatistics.load(statistics).provenance if statistics.is_file() else ()
-    return plan, _digests(plan.inputs.get("calibration"), provenance)
+    return plan, _digests(plan.inputs.values(), provenance)
 
 
-def _digests(fingerprint: object, provenance: Sequence[Any]) -> set[str]:
-    """What identifies a text: of all its token ids, and of each source's token ids and file."""
-    found = set(str(fingerprint or "").split("+"))  # merged statistics have several
+def _digests(fingerprints: Iterable[object], provenance: Sequence[Any]) -> set[str]:
+    """What identifies texts: of all token ids of each, and of each source's token ids and file."""
+    found = {one for joined in fingerprints for one in str(joined).split("+")}  # merged statistics have several
     for entry in provenance:
         found |= {str(entry.get("sha256") or ""), str(entry.get("file_sha256") or "")}
     return found - {""}

@@ -6,6 +6,10 @@ import copy
 import dataclasses
 import importlib.metadata
 import json
+import os
+import socket
+import subprocess
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,7 +25,8 @@ from moeprune import catalogue
 from moeprune._options import CalibrationOptions
 from moeprune.architectures import ARCHITECTURES
 from moeprune.catalogue import FACTS, MORE, ROWS, STATISTICS, requested
-from moeprune.collectors.weights import facts_of, sizes_of
+from moeprune.cli import run
+from moeprune.collectors.weights import Loader, facts_of, sizes_of, step_of
 from moeprune.errors import ArtifactError, ConfigError, StrategyError, UnsupportedModelError
 from moeprune.experts import expert_layers
 from moeprune.statistics import Statistic, added
@@ -126,13 +131,13 @@ def test_facts_of_some_experts_at_a_time(model_of: ModelOf, monkeypatch: pytest.
     experts = expert_layers(model_of("qwen3_moe"))[0].experts
     chunks: list[range] = []
 
-    def load(chunk: range) -> dict[str, Any]:
+    def read(chunk: range) -> dict[str, Any]:
         chunks.append(chunk)
         return {name: value[chunk.start : chunk.stop] for name, value in experts.named_parameters()}
 
     size = sum(value.numel() * 4 for value in experts.parameters())
     monkeypatch.setattr("moeprune.collectors.weights._BYTES", size * 5 // 16)
-    close(facts_of(experts, load=load), facts_of(experts), 0)
+    close(facts_of(experts, loader=Loader(read=read, step=step_of(experts))), facts_of(experts), 0)
     assert [len(chunk) for chunk in chunks] == [5, 5, 5, 1]
 
 
@@ -423,7 +428,7 @@ def test_slices_of_layers_make_the_whole(stream: bool, checkpoint_of: Checkpoint
     base = checkpoint_of("glm4_moe", num_hidden_layers=4)
     options: dict[str, Any] = {"calibration": str(ids_file), "statistics": "all", "stream": stream} | SIZES
     whole = moeprune.collect(base, **options)
-    parts = [moeprune.collect(base, layers=layers, **options) for layers in ((2,), (1, 3))]
+    parts = [moeprune.collect(base, layers=layers, **options) for layers in ((1,), (2, 3))]
     check_equal(parts[0].merge(parts[1]), whole)
 
 
@@ -431,7 +436,7 @@ def test_slices_of_layers_make_the_whole(stream: bool, checkpoint_of: Checkpoint
 def test_a_resumed_run_gives_the_same_bytes(
     lost: int, checkpoint_of: CheckpointOf, ids_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Killed before some layer, or before the file is written, it goes on with where the tokens went and what is known of sequences."""
+    """Killed before some layer, or before the file is written, it goes on with all that was known then."""
     base = checkpoint_of("deepseek_v3", num_hidden_layers=4)
     options: dict[str, Any] = {"calibration": str(ids_file), "statistics": "all", "stream": True} | SIZES
     whole = moeprune.collect(base, tmp_path / "whole", **options)
@@ -448,9 +453,10 @@ def test_a_resumed_run_gives_the_same_bytes(
 
     monkeypatch.setattr(moeprune.collectors.stream, "_PACE", 0)
     monkeypatch.setattr(moeprune.collectors.stream, "_run_layer", die)
-    with pytest.raises(KeyboardInterrupt), monkeypatch.context() as broken:
+    with monkeypatch.context() as broken:
         broken.setattr(moeprune.RouterStatistics, "save", save)
-        moeprune.collect(base, tmp_path / "s", **options)
+        with pytest.raises(KeyboardInterrupt):
+            moeprune.collect(base, tmp_path / "s", **options)
     assert ran == [*range(lost)]
     lost = -1
     assert moeprune.collect(base, tmp_path / "s", **options).to_bytes() == whole.to_bytes()
@@ -582,7 +588,7 @@ def test_statistics_of_other_packages(
     assert loaded.to_bytes() == found.to_bytes()
     data = moeprune.load_calibration([str(ids_file)], base)
     weights = {"code": 2.0}
-    sums = {layer: {name: 0.0 for name in PLUGINS} for layer in loaded.layers}
+    sums = {layer: dict.fromkeys(PLUGINS, 0.0) for layer in loaded.layers}
     for domain, ids in zip(data.domains, data.sequences, strict=True):
         with recorded(model) as seen, torch.no_grad():
             model(torch.tensor([ids]))
@@ -613,7 +619,7 @@ def test_a_file_needs_the_package_that_publishes_its_statistics(
     observation.save(tmp_path / "s")
     published.clear()
     catalogue._published.cache_clear()
-    with pytest.raises(ArtifactError, match=r"unknown statistic 'layers\.\d\.gate_cubed' .*another plug-in"):
+    with pytest.raises(ArtifactError, match=r"unknown statistic '\w+\.\d\.gate_cubed' .*another plug-in"):
         moeprune.RouterStatistics.load(tmp_path / "s")
     with pytest.raises(ConfigError, match="there is no statistic 'gate_cubed'"):
         requested(["gate_cubed"])
@@ -629,10 +635,11 @@ def test_a_file_needs_the_package_that_publishes_its_statistics(
     ids=["function", "no measure", "rows"],
 )
 def test_what_cannot_be_measured_is_refused(wrong: object, published: dict[str, object]) -> None:
-    """An entry point must give a statistic with a function and a point of its own."""
-    published["broken"] = wrong
-    with pytest.raises(ConfigError, match="'broken' that package.module:thing publishes cannot be measured"):
-        requested(["broken"])
+    """An entry point must give a statistic with a function and a point of its own, under a name that files can hold."""
+    published |= {"broken": wrong, "not-a-name": PLUGINS["gate_cubed"]}
+    for name, why in (("broken", "cannot be measured"), ("not-a-name", "has no name that strategies can use")):
+        with pytest.raises(ConfigError, match=rf"'{name}' that package.module:thing publishes {why}"):
+            requested([name])
 
 
 def test_arrays_of_another_shape_are_refused(published: dict[str, object], model_of: ModelOf) -> None:
@@ -723,3 +730,68 @@ def test_slices_of_the_tokens_change_nothing(model_of: ModelOf) -> None:
     expected = sums_by_hand(model, [batch])
     for layer, arrays in observation.result().layers.items():
         close({name: array[0] for name, array in arrays.items() if name in MORE}, expected[layer])
+
+
+def test_the_command_line_asks(checkpoint_of: CheckpointOf, ids_file: Path, tmp_path: Path) -> None:
+    """``collect`` takes statistics and strategies by name, and refuses a slip before any work."""
+    base, file = str(checkpoint_of("qwen3_moe")), tmp_path / "s.safetensors"
+    command = [
+        "collect",
+        base,
+        "-o",
+        str(file),
+        "--calibration",
+        str(ids_file),
+        "--batch-tokens",
+        "128",
+        "--paths",
+        "2",
+    ]
+    assert run([*command, "--statistics", "easy-ap"]) == 2
+    assert not file.exists()
+    assert run([*command, "--statistics", "easy-ep,path_norm"]) == 0
+    found = moeprune.RouterStatistics.load(file)
+    assert [name for name in found.layers[0] if name not in STATISTICS] == ["easy_ep_sum"]
+    assert found.rows[0]["path_norm"].shape == (4, 16)
+    assert (found.command["statistics"], found.command["paths"]) == (["easy_ep_sum", *ROWS], 2)
+
+
+def test_prune_collects_what_its_strategy_needs(checkpoint_of: CheckpointOf, ids_file: Path, tmp_path: Path) -> None:
+    """A strategy over weights alone runs without data, and one that draws does not make anybody read the weights."""
+    base, options = checkpoint_of("qwen3_moe"), {"ratio": 0.5, "guard": False} | SIZES
+    found = moeprune.prune(base, tmp_path / "a", strategy="easy-ep", calibration=str(ids_file), **options).statistics
+    assert found is not None
+    assert [name for name in found.layers[0] if name not in STATISTICS] == ["easy_ep_sum"]
+    weights = moeprune.prune(base, tmp_path / "b", strategy="aimer", **options).statistics
+    drawn = moeprune.prune(base, tmp_path / "c", strategy="random", **options).statistics
+    assert [part.facts.keys() for part in (weights, drawn) if part is not None] == [{0: 0, 2: 0}.keys(), {}.keys()]
+
+
+def test_models_that_cannot_be_built_are_collected_without_facts(
+    checkpoint_of: CheckpointOf, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Where transformers does not know the model a file of no data still comes about, and a note says what it lacks."""
+    found = moeprune.collect(checkpoint_of("kimi_k2"))
+    assert (found.facts, found.sizes) == ({}, {})
+    assert "what the weights alone say is left out" in capsys.readouterr().err
+
+
+def test_launched_processes_give_the_statistics_of_one(
+    checkpoint_of: CheckpointOf, ids_file: Path, tmp_path: Path
+) -> None:
+    """Two processes that share the batches write what one would: rows of both, and the facts once."""
+    base = checkpoint_of("qwen3_moe")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    options = ["--batch-tokens", "128", "--statistics", "all", "--paths", "3", "--stream"]
+    command = [sys.executable, "-m", "moeprune", "collect", str(base), "-o", "two", "--calibration", str(ids_file)]
+    shared = os.environ | {"OMP_NUM_THREADS": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    running = [
+        subprocess.Popen([*command, *options], cwd=tmp_path, env=shared | {"RANK": rank}, stderr=subprocess.PIPE)
+        for rank in ("0", "1")
+    ]
+    said = [process.communicate(timeout=120)[1] for process in running]
+    assert [process.returncode for process in running] == [0, 0], said
+    alone = moeprune.collect(base, calibration=str(ids_file), statistics="all", paths=3, stream=True, **SIZES)
+    check_equal(moeprune.RouterStatistics.load(tmp_path / "two"), alone)

@@ -6,7 +6,7 @@ import copy
 import dataclasses
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +15,9 @@ import pytest
 
 import moeprune
 from moeprune.architectures import ARCHITECTURES
-from moeprune.errors import CheckpointError, ConfigError, LayoutError, PlanError, UnsupportedModelError
+from moeprune.cli import run
+from moeprune.errors import ArtifactError, CheckpointError, ConfigError, LayoutError, PlanError, UnsupportedModelError
+from moeprune.evaluation.evaluator import KeepLists, PlanScore, ResidentEvaluator
 from moeprune.experts import expert_layers
 from moeprune.planner import derive
 from moeprune.plans import LayerPlan
@@ -55,7 +57,7 @@ def token_ids() -> torch.Tensor:
 
 
 def plan_of(folder: Path, *, seed: int = 0, mtp: bool = True) -> moeprune.PruningPlan:
-    """Half of the experts of one layer, all but one step of the next, and so on; drawn, with equal counts per group."""
+    """All experts but one step of one layer, half of the next, and so on; drawn, with equal counts per group."""
     checkpoint = moeprune.open_checkpoint(folder)
     rng = np.random.default_rng(seed)
     blocks = np.arange(checkpoint.num_experts).reshape(checkpoint.n_group, -1)
@@ -65,7 +67,7 @@ def plan_of(folder: Path, *, seed: int = 0, mtp: bool = True) -> moeprune.Prunin
         drawn = [rng.permutation(block)[:per_group] for block in blocks]
         return tuple(int(expert) for expert in np.sort(np.concatenate(drawn)))
 
-    counts = [(width // 2, width - 1, width // 2 + 1)[number % 3] for number in range(len(checkpoint.moe_layers))]
+    counts = [(width - 1, width // 2, width // 2 + 1)[number % 3] for number in range(len(checkpoint.moe_layers))]
     layers = {layer: LayerPlan(keep=keep(count)) for layer, count in zip(checkpoint.moe_layers, counts, strict=True)}
     if mtp:
         layers |= {layer: LayerPlan(keep=keep(counts[-1])) for layer in checkpoint.mtp_layers}
@@ -130,9 +132,11 @@ def test_nothing_is_missing_and_settings_reach_every_layer(
     pruned, info = AutoModelForCausalLM.from_pretrained(out, trust_remote_code=True, output_loading_info=True)
     assert not any(info.values())
     assert pruned.generate(token_ids()[:1], max_new_tokens=3, do_sample=False).shape == (1, 27)
-    pruned.set_experts_implementation("grouped_mm")
-    configs: list[Any] = [layer.experts.config for layer in expert_layers(pruned)]
-    assert {config._experts_implementation for config in configs} == {"grouped_mm"}
+    configs: list[Any] = [module.config for module in pruned.modules() if hasattr(module, "config")]
+    assert {config._experts_implementation for config in configs} != {"eager"}
+    pruned.set_experts_implementation("eager")
+    pruned.set_attn_implementation("eager")
+    assert {(config._experts_implementation, config._attn_implementation) for config in configs} == {("eager", "eager")}
     assert relative_error(pruned, masked_logits(model_of("qwen3_moe"), plan)) < 1e-5
 
 
@@ -222,7 +226,7 @@ def test_mtp_layers_can_be_dropped_or_cut_like_the_last(checkpoint_of: Checkpoin
     assert moeprune.open_checkpoint(out).mtp_layers == ()
     plan = plan_of(base)
     odd = dataclasses.replace(plan, layers={**plan.layers, 3: LayerPlan(keep=tuple(range(5)))})
-    with pytest.raises(PlanError, match="MTP layer 3 keeps 5 experts and the last decoder layer 15"):
+    with pytest.raises(PlanError, match="MTP layer 3 keeps 5 experts and the last decoder layer 8"):
         moeprune.apply(base, odd, tmp_path / "odd")
 
 
@@ -244,7 +248,7 @@ def test_keep_lists_can_be_edited(checkpoint_of: CheckpointOf, tmp_path: Path) -
     base = checkpoint_of("qwen3_moe")
     checkpoint = moeprune.open_checkpoint(base)
     plan = derive(checkpoint, plan_of(base))
-    assert plan.budget["kept"] == {"0": 8, "2": 15}
+    assert plan.budget["kept"] == {"0": 15, "2": 8}
     assert plan.size["bytes"]["after"] == sum(
         entry.nbytes
         for entry in moeprune.open_checkpoint(moeprune.apply(base, plan, tmp_path / "out")).tensors.values()
@@ -309,6 +313,60 @@ def test_counts_that_cannot_be_read_are_refused(odd: str, checkpoint_of: Checkpo
     (out / "config.json").write_text(json.dumps(config | {"per_layer_config": json.loads(odd)}))
     with pytest.raises(LayoutError, match=r"per_layer_config|num_local_experts"):
         moeprune.open_checkpoint(out)
+
+
+def test_evaluation_needs_trust(speaker: Path, tmp_path: Path) -> None:
+    """lm-eval runs it where remote code is allowed; else it is refused before anything is calibrated or run."""
+    options: dict[str, Any] = {
+        "ratio": 0.5,
+        "budget": "global",
+        "allow_non_uniform": True,
+        "strategy": steeper,
+        "calibration": str(speaker / "calibration.jsonl"),
+        "tasks": "tiny_one",
+        "include_path": speaker / "tasks",
+        "limit": 4,
+    }
+    with pytest.raises(ConfigError, match="only transformers loads layers with different numbers"):
+        moeprune.prune(speaker / "model", tmp_path / "out", **options)
+    assert not (tmp_path / "out").exists()
+    result = moeprune.prune(speaker / "model", tmp_path / "out", **options, trust_remote_code=True)
+    assert not result.plan.uniform
+    assert result.report is not None
+    assert result.report.tasks[0].n == 4
+    with pytest.raises(ConfigError, match="--trust-remote-code"):
+        moeprune.evaluate(
+            speaker / "model",
+            tmp_path / "out",
+            tasks="tiny_one",
+            include_path=speaker / "tasks",
+            output=tmp_path / "report",
+        )
+
+
+def test_a_run_that_stops_is_gone_on_with(
+    checkpoint_of: CheckpointOf, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same command after a failure ends with the files of an undisturbed run, and keeps the finished shards."""
+    base = checkpoint_of("mixtral")
+    plan = plan_of(base)
+    whole = moeprune.apply(base, plan, tmp_path / "whole", max_shard_size=30_000)
+
+    def full(*_: object) -> None:
+        raise OSError("no space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr("moeprune.rewrite.drop._write_records", full)
+        with pytest.raises(ArtifactError, match="no space"):
+            moeprune.apply(base, plan, tmp_path / "out", max_shard_size=30_000)
+    finished = {
+        path.name: path.stat().st_mtime_ns for path in (tmp_path / ".out.moeprune-partial").glob("*.safetensors")
+    }
+    assert len(finished) > 1
+    out = moeprune.apply(base, plan, tmp_path / "out", max_shard_size=30_000)
+    for name in ("config.json", MODELING, "moeprune/plan.json", "moeprune/manifest.json", *finished):
+        assert (out / name).read_bytes() == (whole / name).read_bytes()
+    moeprune.verify(base, out)
 
 
 # --- budgets --------------------------------------------------------------------------------------------------------
@@ -384,3 +442,131 @@ def test_options_that_contradict_each_other(
     """Refused before anything is calibrated, by plan and by the one-shot run alike."""
     with pytest.raises(ConfigError, match=message):
         moeprune.prune(checkpoint_of("qwen3_moe"), "nowhere", calibration=str(ids_file), **options)
+
+
+# --- the search -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def selection(tmp_path: Path) -> Path:
+    """Documents that nothing was calibrated on."""
+    rng = np.random.default_rng(9)
+    path = tmp_path / "selection.jsonl"
+    path.write_text("".join(json.dumps({"input_ids": rng.integers(0, 97, 24).tolist()}) + "\n" for _ in range(8)))
+    return path
+
+
+@pytest.mark.parametrize("model_type", ["qwen3_moe", "deepseek_v3"])
+def test_a_search_is_no_worse_than_its_starts(
+    model_type: str, checkpoint_of: CheckpointOf, model_of: ModelOf, ids_file: Path, selection: Path
+) -> None:
+    """On the selection text the counts it finds change the predictions least, as an evaluation of its own shows."""
+    base = checkpoint_of(model_type)
+    statistics = moeprune.collect(base, calibration=str(ids_file))
+    made = {
+        budget: moeprune.plan(
+            statistics,
+            base,
+            keep=12,
+            strategy=steeper,
+            budget=budget,
+            allow_non_uniform=budget != "uniform",
+            selection=str(selection) if budget.startswith("evolve") else (),
+        )
+        for budget in ("uniform", "global", "coverage", "evolve:generations=3")
+    }
+    report = moeprune.evaluate_text(base, list(made.values()), text=str(selection))
+    kl = dict(zip(made, (plan.kl.value for plan in report.plans), strict=True))
+    found = made["evolve:generations=3"]
+    assert kl["evolve:generations=3"] == min(kl.values())
+    assert found.budget["search"]["kl"]["best"] == pytest.approx(kl["evolve:generations=3"])
+    assert found.budget["search"]["kl"]["uniform"] == pytest.approx(kl["uniform"])
+    assert found.budget["search"]["finished"]
+    moe_layers = moeprune.open_checkpoint(base).moe_layers
+    assert sum(found.counts[layer] for layer in moe_layers) == 12 * len(moe_layers)
+    assert found.command["budget"] == "evolve:generations=3"
+    assert found.inputs["selection"] not in {"", found.inputs["calibration"]}
+    again = moeprune.plan(
+        statistics,
+        base,
+        keep=12,
+        strategy=steeper,
+        budget="evolve:generations=3",
+        allow_non_uniform=True,
+        selection=str(selection),
+    )
+    assert again == found
+
+
+def test_an_interrupted_search_gives_the_best_so_far(
+    checkpoint_of: CheckpointOf,
+    ids_file: Path,
+    selection: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Ctrl-C in the first generation: the plan is made and written, and says that the search was cut short."""
+    calls = 0
+    whole = ResidentEvaluator.__call__
+
+    def interrupted(self: ResidentEvaluator, keeps: Sequence[KeepLists]) -> list[PlanScore]:
+        nonlocal calls
+        calls += 1
+        if calls == 2:
+            raise KeyboardInterrupt
+        return whole(self, keeps)
+
+    monkeypatch.setattr(ResidentEvaluator, "__call__", interrupted)
+    base, plan = str(checkpoint_of("qwen3_moe")), tmp_path / "plan.json"
+    moeprune.collect(base, tmp_path / "s", calibration=str(ids_file))
+    options = ["--ratio", "0.5", "--budget", "evolve:generations=9", "--selection", str(selection)]
+    assert run(["plan", str(tmp_path / "s"), base, "-o", str(plan), *options]) == 0
+    told = capsys.readouterr().err
+    assert "interrupted: the best counts so far are taken" in told
+    search = json.loads(plan.read_text())["budget"]["search"]
+    assert (search["generations"], search["finished"]) == (0, False)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--budget", "evolve"], "--budget evolve scores counts on a text of its own"),
+        (["--selection", "HERE"], "--selection is for a budget that searches"),
+        (["--device", "cpu"], "--device says how the model runs, and without --selection"),
+        (["--budget", "evolve:generations=1.5", "--selection", "HERE"], "must be a whole number, not 1.5"),
+    ],
+)
+def test_a_search_needs_a_text_and_nothing_else_does(
+    options: list[str],
+    message: str,
+    checkpoint_of: CheckpointOf,
+    ids_file: Path,
+    selection: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Options that would do nothing are refused."""
+    base = str(checkpoint_of("qwen3_moe"))
+    moeprune.collect(base, tmp_path / "s", calibration=str(ids_file))
+    given = [str(selection) if option == "HERE" else option for option in options]
+    assert run(["plan", str(tmp_path / "s"), base, "--dry-run", "--ratio", "0.5", *given]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_one_run_searches_too(checkpoint_of: CheckpointOf, ids_file: Path, selection: Path, tmp_path: Path) -> None:
+    """Collect, search, write and prove in one call; a search needs its text before anything is calibrated."""
+    base, rows = checkpoint_of("qwen3_moe"), str(ids_file)
+    result = moeprune.prune(
+        base,
+        tmp_path / "out",
+        ratio=0.5,
+        budget="evolve:generations=1",
+        selection=str(selection),
+        calibration=rows,
+        allow_non_uniform=True,
+    )
+    assert result.plan.budget["search"]["scored"] > 4
+    assert result.verification is not None
+    with pytest.raises(ConfigError, match="name one with --selection"):
+        moeprune.prune(base, tmp_path / "x", ratio=0.5, budget="evolve", calibration=rows)

@@ -169,7 +169,7 @@ def test_the_model_is_left_as_it_was(model_of: ModelOf, sequences: list[list[int
 def test_the_search_finds_the_best_of_all_sets(model_of: ModelOf, sequences: list[list[int]]) -> None:
     """Of a layer of 8 experts, 4 of which stay: 70 sets, as the paper enumerates them."""
     subset_loss = ResidentSubsetLoss(model_of("mixtral"), sequences)
-    losses = {keep: subset_loss(1, keep) for keep in itertools.combinations(range(8), 4)}
+    losses: dict[tuple[int, ...], float] = {keep: subset_loss(1, keep) for keep in itertools.combinations(range(8), 4)}
     start = Selection(keep=(0, 1, 2, 3), scores=tuple(range(8, 0, -1)))
     found = reconstruct(lambda keep: subset_loss(1, keep), start)
     assert (found.complete, found.calls) == (True, 70)

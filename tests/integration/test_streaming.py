@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
-import shutil
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -15,12 +16,12 @@ import numpy as np
 import pytest
 
 import moeprune
-from moeprune import collecting
+from moeprune import cli
+from moeprune._files import parse_size
 from moeprune.architectures import ARCHITECTURES
-from moeprune.collectors import stream as collector
-from moeprune.errors import CheckpointError, ConfigError
+from moeprune.errors import ConfigError
 from moeprune.statistics import STATISTICS, RouterStatistics
-from moeprune.streaming import naming
+from moeprune.streaming import forecast, naming, weights
 from moeprune.streaming.stream import LayerStream, padded
 
 if TYPE_CHECKING:
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 
 CheckpointOf = Callable[..., Path]
 Loadable = Callable[[Path], Path]
+DEPTH = 5
 STACKED = ("qwen3_moe", "mixtral", "minimax_m2", "glm4_moe", "qwen3_next")
 
 
@@ -68,7 +70,7 @@ def small_memory(folder: Path, data: Path, how: str, **options: Any) -> int:
     """Bytes of memory that are one too few for the states beside the layers, or for whole layers."""
     room = moeprune.forecast(folder, calibration=str(data), stream=True, batch_tokens=100, memory=1 << 40, **options)
     assert room is not None
-    assert not (room.spill or room.chunked)
+    assert (room.spill, room.chunked) == (False, False)
     memory = room.host - 1 - (room.states if how == "chunks" else 0)
     less = moeprune.forecast(folder, calibration=str(data), stream=True, batch_tokens=100, memory=memory, **options)
     assert less is not None
@@ -119,12 +121,14 @@ def test_states_in_files_give_the_same_bytes(model_type: str, checkpoint_of: Che
     assert collect(base, data, memory=small_memory(base, data, "files")).to_bytes() == expected
 
 
-@pytest.mark.parametrize("stacked", [False, True])
-@pytest.mark.parametrize("model_type", ["qwen3_moe", "deepseek_v3", "mixtral", "gpt_oss"])
+@pytest.mark.parametrize(
+    ("model_type", "stacked"),
+    [*((name, stacked) for name in ("qwen3_moe", "mixtral") for stacked in (False, True)), ("gpt_oss", False)],
+)
 def test_chunks_of_experts_give_the_same_sums(
     model_type: str, stacked: bool, checkpoint_of: CheckpointOf, data: Path
 ) -> None:
-    """A layer that does not fit runs some of its experts at a time, down to a single one."""
+    """A layer that does not fit runs some of its experts at a time."""
     base = checkpoint_of(model_type, stacked=stacked)
     expected = collect(base, data, stream=False)
     assert_close(collect(base, data, memory=small_memory(base, data, "chunks")), expected)
@@ -192,7 +196,9 @@ def quantised(base: Path, folder: Path, quantise: Quantise, which: str, method: 
     for file in sorted(base.glob("*.safetensors")):
         for name, tensor in load_file(file).items():
             parts, plain = quantise(tensor) if re.search(which, name) else ({"": tensor}, tensor)
-            found[0] |= {name.removesuffix(".weight") + suffix if suffix else name: part for suffix, part in parts.items()}
+            found[0] |= {
+                name.removesuffix(".weight") + suffix if suffix else name: part for suffix, part in parts.items()
+            }
             found[1][name] = plain
     folders = (folder / "quantised", folder / "plain")
     for place, tensors, more in zip(folders, found, ({"quantization_config": method}, {}), strict=True):
@@ -283,3 +289,282 @@ def test_a_quantised_checkpoint_gives_what_its_numbers_give(
         for layer, arrays in getattr(expected, part).items():
             for statistic, array in arrays.items():
                 np.testing.assert_array_equal(getattr(found, part)[layer][statistic], array)
+
+
+UNREADABLE = {"quant_method": "modelopt", "quant_algo": "FP8"}
+
+
+@pytest.mark.parametrize(
+    ("method", "option", "said"),
+    [
+        ({"quant_method": "awq", "bits": 4}, "--stream", "weights that are quantised by awq cannot be read layer by"),
+        (UNREADABLE, "--stream", "weights that are quantised by modelopt cannot be read layer by layer"),
+        (UNREADABLE, "--no-stream", "transformers cannot load weights that are quantised by modelopt"),
+        (UNREADABLE, "--num-samples=4", "transformers cannot load weights that are quantised by modelopt"),
+        ({}, "--stream", "cannot tell what 'down_proj.weight_scale_inv' of an expert is"),
+        ({}, "--no-stream", "quantised by a method that config.json does not name"),
+    ],
+)
+def test_codes_are_never_taken_for_numbers(
+    method: dict[str, Any],
+    option: str,
+    said: str,
+    checkpoint_of: CheckpointOf,
+    data: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """A method that nobody here knows is named in an error, whatever way the model is asked to run."""
+    name, changes, quantise, which, _ = QUANTISED["Qwen3 in FP8"]
+    source, _ = quantised(checkpoint_of(name, **changes), tmp_path, quantise, which, method)
+    assert run_cli("collect", source, "--calibration", data, "-o", tmp_path / "out", option) == 2
+    error = next(line for line in capsys.readouterr().err.splitlines() if line.startswith("error: "))
+    assert said in error
+    assert {file.name for file in tmp_path.iterdir()} == {"quantised", "plain"}
+
+
+# --- what is read, and when -------------------------------------------------------------------------------------------
+
+Event = tuple[str, int]  # what happened, and the decoder layer
+
+
+@pytest.fixture
+def events(monkeypatch: pytest.MonkeyPatch) -> Callable[[Path], list[Event]]:
+    """Watch a checkpoint: gives the list of reads, announcements and batches that ran, as they happen."""
+
+    def watch(folder: Path) -> list[Event]:
+        found: list[Event] = []
+        owners = {
+            (entry.file, entry.begin): int((re.findall(r"\blayers\.(\d+)\.", name) or [-1])[0])
+            for name, entry in moeprune.open_checkpoint(folder).tensors.items()
+        }
+        read, run, advise = weights._Files.read, LayerStream.run, weights._advise
+
+        def watched_read(self: Any, file: Path, position: int, into: memoryview) -> None:
+            found.append(("read", owners[file, position]))
+            read(self, file, position, into)
+
+        def watched_run(self: Any, index: int, *arguments: Any) -> Any:
+            result = run(self, index, *arguments)
+            found.append(("run", index))
+            return result
+
+        def watched_advise(runs: Any) -> None:
+            found.extend(("announce", owners[file, begin]) for file, begin, _ in runs)
+            advise(runs)
+
+        monkeypatch.setattr(weights._Files, "read", watched_read)
+        monkeypatch.setattr(LayerStream, "run", watched_run)
+        monkeypatch.setattr(weights, "_advise", watched_advise)
+        return found
+
+    return watch
+
+
+@pytest.mark.parametrize("how", ["layers", "files", "chunks"])
+def test_layers_are_read_in_their_turn(
+    how: str, checkpoint_of: CheckpointOf, data: Path, events: Callable[[Path], list[Event]]
+) -> None:
+    """Only the next layer is announced, while the one before it runs, and its bytes are read when that is through."""
+    base = checkpoint_of("qwen3_moe", num_hidden_layers=DEPTH)
+    memory = None if how == "layers" else small_memory(base, data, how)
+    found = events(base)
+    collect(base, data, memory=memory)
+    places: dict[Event, list[int]] = {}
+    for place, event in enumerate(found):
+        places.setdefault(event, []).append(place)
+    assert {layer for kind, layer in places if kind == "read"} == {-1, *range(DEPTH)}
+    assert {layer for kind, layer in places if kind == "announce"} == {*range(1, DEPTH)}
+    for layer in range(DEPTH):
+        ran = places["run", layer]
+        assert places["read", layer][0] < ran[0]
+        for other in range(layer + 1, DEPTH):
+            assert places["read", other][0] > ran[-1]
+        for other in range(layer + 2, DEPTH):
+            assert places["announce", other][0] > ran[-1]
+    reads = [event for event in found if event[0] == "read"]
+    once = len(moeprune.open_checkpoint(base).tensors) - 2  # without the last norm and the head
+    assert (len(reads) == once) is (how != "chunks")
+
+
+def test_a_slice_of_the_layers(
+    checkpoint_of: CheckpointOf, data: Path, tmp_path: Path, events: Callable[[Path], list[Event]]
+) -> None:
+    """Slices are put together to the whole, byte for byte; nothing is read or run after the last layer of one."""
+    base = checkpoint_of("qwen3_moe", num_hidden_layers=DEPTH)
+    whole = collect(base, data, tmp_path / "whole")
+    found = events(base)
+    collect(base, data, tmp_path / "first", layers=(2, 0))
+    assert {layer for _, layer in found} == {-1, 0, 1, 2}
+    collect(base, data, tmp_path / "second", layers=(3, 4))
+    resident = collect(base, data, tmp_path / "resident", layers=(3, 4), stream=False)
+    assert (tmp_path / "resident").read_bytes() == (tmp_path / "second").read_bytes()
+    assert list(resident.layers) == [3, 4]
+    command = ["stats", "merge", *(str(tmp_path / name) for name in ("second", "first")), "-o", str(tmp_path / "both")]
+    assert cli.run(command) == 0
+    merged = RouterStatistics.load(tmp_path / "both")
+    for part in ("layers", "first_half"):
+        assert list(getattr(merged, part)) == [0, 2, 3, 4]
+        for layer, arrays in getattr(whole, part).items():
+            assert all(
+                getattr(merged, part)[layer][name].tobytes() == array.tobytes() for name, array in arrays.items()
+            )
+    plans = [moeprune.plan(one, base, ratio=0.5).layers for one in (whole, merged)]
+    assert plans[0] == plans[1]
+
+
+def test_two_processes_add_up_to_one(checkpoint_of: CheckpointOf, data: Path, tmp_path: Path) -> None:
+    """Each runs its share of the batches through the layers, in step with the other."""
+    base, output = checkpoint_of("deepseek_v3"), tmp_path / "two.safetensors"
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "moeprune"]
+    command += ["collect", str(base), "--calibration", str(data), "--batch-tokens=100", "--stream", "-o", str(output)]
+    done = subprocess.run(
+        command, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=False, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    assert_close(RouterStatistics.load(output), collect(base, data, stream=False))
+    assert [file.name for file in tmp_path.iterdir()] == [output.name]
+
+
+# --- what fits --------------------------------------------------------------------------------------------------------
+
+
+def run_cli(*arguments: str | Path) -> int:
+    """The command line in this process."""
+    return cli.run([str(argument) for argument in arguments])
+
+
+@pytest.mark.parametrize("model_type", ["qwen3_moe", "deepseek_v3"])
+def test_what_is_said_to_be_enough_is_enough(
+    model_type: str, checkpoint_of: CheckpointOf, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Too little memory is refused with an amount that works, with a single expert of a layer at a time."""
+    base, output = checkpoint_of(model_type), tmp_path / "out.safetensors"
+    command = ("collect", base, "--calibration", data, "--batch-tokens=100", "--stream", "-o", output)
+    assert run_cli(*command, "--memory=1MB") == 2
+    error, hint = capsys.readouterr().err.splitlines()
+    needed = re.fullmatch(r"error: one layer with .* at a time takes (.*), and there are 1\.0 MB", error)
+    assert needed is not None
+    assert hint == "hint: raise --memory, or run smaller batches with --batch-tokens"
+    enough = needed[1].replace(" ", "")
+    assert run_cli(*command, f"--memory={enough}", "--dry-run", "--json") == 0
+    assert json.loads(capsys.readouterr().out)["forecast"]["host"] <= parse_size(enough)
+    assert run_cli(*command, f"--memory={enough}") == 0
+    assert_close(RouterStatistics.load(output), collect(base, data, stream=False))
+
+
+def test_a_single_expert_at_a_time(checkpoint_of: CheckpointOf, data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The smallest chunk gives the same sums."""
+    base = checkpoint_of("deepseek_v3")
+    monkeypatch.setattr(forecast, "_LIBRARIES", 0)
+    with pytest.raises(ConfigError, match="takes") as refused:
+        collect(base, data, memory=1)
+    enough = parse_size(refused.value.message.split("takes ")[1].split(",")[0].replace(" ", ""))
+    chunks = [one_chunk(base, data, memory) for memory in range(enough, 2 * enough, enough // 20)]
+    assert chunks == sorted(chunks)
+    assert chunks[0] <= 2 < chunks[-1]
+    least = next(memory for memory in range(enough, 0, -enough // 200) if one_chunk(base, data, memory) == 1)
+    assert_close(collect(base, data, memory=least), collect(base, data, stream=False))
+
+
+def one_chunk(base: Path, data: Path, memory: int) -> int:
+    """Experts at a time in that much memory."""
+    room = moeprune.forecast(base, calibration=str(data), stream=True, batch_tokens=100, memory=memory)
+    assert room is not None
+    assert room.host <= memory
+    return room.chunk
+
+
+@pytest.mark.parametrize("chunks", [False, True])
+def test_the_forecast_says_what_is_read(
+    chunks: bool, checkpoint_of: CheckpointOf, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every byte that the layers need once; in chunks the experts once a batch at most."""
+    base, read, seen = checkpoint_of("deepseek_v3"), weights._Files.read, []
+    memory = small_memory(base, data, "chunks") if chunks else None
+    room = moeprune.forecast(base, calibration=str(data), stream=True, batch_tokens=100, memory=memory)
+    assert room is not None
+
+    def counted(self: Any, file: Path, position: int, into: memoryview) -> None:
+        seen.append(len(into))
+        read(self, file, position, into)
+
+    monkeypatch.setattr(weights._Files, "read", counted)
+    collect(base, data, memory=memory)
+    if chunks:
+        assert 0.8 * room.read < sum(seen) <= room.read
+    else:
+        assert sum(seen) == room.read
+
+
+@pytest.mark.parametrize(
+    ("free", "reason"),
+    [
+        (forecast.Limits(host=1 << 30), "loaded whole it takes 1.1 GB, and there are 1.1 GB"),
+        (forecast.Limits(host=1 << 40), ""),
+    ],
+)
+def test_a_model_that_does_not_fit_runs_layer_by_layer(
+    free: forecast.Limits,
+    reason: str,
+    checkpoint_of: CheckpointOf,
+    data: Path,
+    events: Callable[[Path], list[Event]],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Nobody has to ask for it, and a note says why."""
+    base = checkpoint_of("qwen3_moe")
+    expected = collect(base, data, stream=False).to_bytes()
+    monkeypatch.setattr(forecast, "free_memory", lambda _: free)
+    found = events(base)
+    capsys.readouterr()
+    assert collect(base, data, stream=None).to_bytes() == expected
+    assert capsys.readouterr().err == (f"note: running layer by layer: {reason}\n" if reason else "")
+    assert bool(found) is bool(reason)
+
+
+def test_a_dry_run_says_what_it_would_take(
+    checkpoint_of: CheckpointOf, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Memory, disk and reading, in words and as JSON, of both commands; nothing is written."""
+    base = checkpoint_of("qwen3_moe")
+    given = (base, "--calibration", data, "-o", tmp_path / "out", "--batch-tokens=100", "--dry-run")
+    memory = f"--memory={small_memory(base, data, 'chunks')}"
+    assert run_cli("collect", *given, memory) == 0
+    words = capsys.readouterr().out
+    assert re.search(r"collecting: \d+ experts of a layer at a time, hidden states in files; at most .* to read", words)
+    assert "dry run: nothing was written" in words
+    assert run_cli("collect", *given, "--stream") == 0
+    assert "collecting: one layer at a time, hidden states in memory; at most" in capsys.readouterr().out
+    assert run_cli("collect", *given) == 0
+    assert "collecting: the whole model is loaded" in capsys.readouterr().out
+    expected = moeprune.forecast(base, tmp_path / "out", calibration=str(data), batch_tokens=100, stream=True)
+    assert expected is not None
+    for command in ("collect", "prune"):
+        more = ("--ratio=0.5",) if command == "prune" else ()
+        assert run_cli(command, *given, "--stream", "--json", *more) == 0
+        found = json.loads(capsys.readouterr().out)
+        assert found["forecast"] == expected.to_dict()
+        assert found["written"] is False
+        assert run_cli(command, *given, "--stream", *more) == 0
+        assert f"at most {expected}" in capsys.readouterr().out
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_device_gets_its_weights_through_main_memory(checkpoint_of: CheckpointOf, data: Path) -> None:
+    """Both memories have limits of their own; what is too small is named."""
+    import torch
+
+    base = moeprune.open_checkpoint(checkpoint_of("qwen3_moe"))
+    stream = LayerStream(base, device=torch.device("cpu"))
+    load = forecast.Load(shapes=[(4, 32)], last=2)
+    room = forecast.forecast(stream.weights, load, forecast.Limits(host=1 << 30, device=1 << 30))
+    assert room.device == room.layer + room.work
+    assert room.host >= room.states
+    with pytest.raises(ConfigError, match=r"a single expert at a time takes .*, and there are 1\.0 kB") as refused:
+        forecast.forecast(stream.weights, load, forecast.Limits(host=1 << 30, device=1000))
+    assert "--device-memory" in refused.value.hint
+    with pytest.raises(ConfigError, match="passes through memory that takes") as refused:
+        forecast.forecast(stream.weights, load, forecast.Limits(host=1 << 20, device=1 << 30))
+    assert "--memory" in refused.value.hint

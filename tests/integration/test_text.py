@@ -150,7 +150,7 @@ def test_numbers_are_those_of_pruned_checkpoints(
     assert worse.over[better.name].value == pytest.approx(worse.ratio.value / better.ratio.value)
 
 
-def test_text_that_plans_were_calibrated_on_is_named(base: Path, text: Path, tmp_path: Path) -> None:
+def test_text_that_plans_were_made_from_is_named(base: Path, text: Path, tmp_path: Path) -> None:
     """Plans know the tokens they were made from; a pruned folder its files too, however they are cut."""
     statistics = moeprune.collect(base, tmp_path / "s.safetensors", calibration=str(text))
     plan = moeprune.plan(statistics, base, ratio=0.5)
@@ -160,9 +160,11 @@ def test_text_that_plans_were_calibrated_on_is_named(base: Path, text: Path, tmp
 
     def warned(source: Any, **options: Any) -> list[str]:
         report = moeprune.evaluate_text(base, source, **{"text": str(text)} | options)
-        return [warning.partition(" was calibrated on this very text")[0] for warning in report.warnings]
+        return [warning.partition(" was made from this very text")[0] for warning in report.warnings]
 
+    chosen = dataclasses.replace(drawn, inputs=drawn.inputs | {"selection": plan.inputs["calibration"]})
     assert warned([plan, drawn, merged]) == ["hope-total", "hope-total (2)"]
+    assert warned([drawn, chosen]) == ["random (2)"]
     assert warned(plan, max_length=10) == []
     moeprune.prune(base, tmp_path / "out", ratio=0.5, calibration=str(text))
     assert warned(tmp_path / "out", max_length=10) == ["out"]
@@ -176,7 +178,7 @@ def test_a_warning_stands_in_every_face(run: Run, base: Path, text: Path, plans:
     plan = json.loads(plans["two"].read_text())
     plan["inputs"]["calibration"] = moeprune.load_calibration([str(text)], base).fingerprint
     plans["two"].write_text(json.dumps(plan))
-    warning = "two was calibrated on this very text: it looks better than it is"
+    warning = "two was made from this very text: it looks better than it is"
     assert run().out.startswith(f"note: {warning}\n")
     assert payload("report")["warnings"] == [warning]
     assert f"**Note:** {warning}" in Path("report/text.md").read_text()
@@ -263,7 +265,7 @@ def test_a_failure_leaves_nothing(run: Run, monkeypatch: pytest.MonkeyPatch) -> 
     options = spilling(run)
 
     def fail(*_: object) -> None:
-        assert [path.name for path in Path().iterdir()] == [".report.moeprune-states"]
+        assert sorted(path.name for path in Path(".report.moeprune-states").iterdir()) == ["lock", "states-1"]
         raise moeprune.CheckpointError("a shard is short")
 
     monkeypatch.setattr(LayerStream, "run", fail)
@@ -292,6 +294,17 @@ def test_mtp_layers_of_a_plan_are_left_out(checkpoint_of: CheckpointOf, plan_by_
     short = dataclasses.replace(plan, layers={index: plan.layers[index] for index in (1, 2)})
     report = moeprune.evaluate_text(folder, [plan, short], text=str(text))
     assert report.plans[0].kl == report.plans[1].kl
+
+
+def test_layers_may_keep_different_numbers(base: Path, plans: dict[str, Path], text: Path) -> None:
+    """A plan that says so is scored, and what it keeps is told as a mean."""
+    eight, twelve = (moeprune.PruningPlan.load(plans[name]) for name in ("one", "most"))
+    mixed = dataclasses.replace(
+        eight, layers={0: eight.layers[0], 2: twelve.layers[2]}, allow_non_uniform=True, strategy={"name": "mixed"}
+    )
+    report = moeprune.evaluate_text(base, [eight, mixed, twelve], text=str(text))
+    assert [plan.kept for plan in report.plans] == [8, 10, 12]
+    assert len({plan.kl.value for plan in report.plans}) == 3
 
 
 # --- what is refused --------------------------------------------------------------------------------------------------

@@ -39,6 +39,7 @@ SIDEWAYS = {
     ("statistics", "catalogue"),
     ("collectors", "calibration"),
     ("evaluation", "runtime"),
+    ("pipeline", "scoring"),
     ("runtime", "collectors"),
     ("runtime", "rewrite"),
 }

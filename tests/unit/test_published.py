@@ -387,6 +387,18 @@ def test_maestro_is_the_stationary_distribution_of_the_walk(layers: dict[int, La
         assert found.sum() == pytest.approx(1)
 
 
+def test_maestro_is_frequency_but_for_the_ends_of_sequences(layers: dict[int, Layer]) -> None:
+    """Exactly so where the last token is followed by the first, and nearly where it is followed by none."""
+    made = statistics(layers)
+    busy = {layer: made.layers[layer]["count"][0] / made.layers[layer]["count"].sum() for layer in LAYERS}
+    for layer, values in resolve("maestro").scores(views(made)).items():
+        np.testing.assert_allclose(values, busy[layer], atol=0.02)
+    last, first = layers[LAYERS[-1]].hit.astype(float), layers[LAYERS[0]].hit.astype(float)
+    made.layers[LAYERS[0]]["wrap_count"] = np.einsum("sli,slj->ij", last, np.roll(first, -1, axis=1))[None]
+    for layer, values in resolve("maestro").scores(views(made)).items():
+        np.testing.assert_allclose(values, busy[layer], atol=1e-6)
+
+
 def test_maestro_follows_layers_that_only_it_connects(layers: dict[int, Layer]) -> None:
     """An expert that nobody comes to has no share, in whichever layer it is."""
     made = statistics(layers)
@@ -403,6 +415,16 @@ def test_maestro_needs_tokens_that_go_on(layer: int, name: str, layers: dict[int
     made = statistics(layers)
     made.layers[layer][name][:] = 0
     with pytest.raises(StrategyError, match=rf"no token came to layer {layer} .*longer sequences"):
+        resolve("maestro").scores(views(made))
+
+
+def test_a_walk_that_ends_is_an_error(layers: dict[int, Layer]) -> None:
+    """One sequence of two tokens: nothing follows the experts of the second, and nothing leads back to the first's."""
+    made, first, second = statistics(layers), np.arange(EXPERTS) < 6, np.arange(EXPERTS) >= 6
+    for layer in LAYERS:
+        made.layers[layer]["transition_count"] = (np.outer(first, first) + np.outer(second, second))[None] * 1
+    made.layers[1]["wrap_count"] = np.outer(first, second)[None] * 1
+    with pytest.raises(StrategyError, match=r"every walk .* comes to an end .*longer sequences"):
         resolve("maestro").scores(views(made))
 
 

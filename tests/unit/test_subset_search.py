@@ -56,7 +56,7 @@ def test_many_sets_are_looked_at_within_bounds(n_group: int, calls: int) -> None
     """Never worse than the start, of equal groups with the protected experts, and no more calls than allowed."""
     for seed in range(5):
         loss, asked = losses(seed)
-        protected = frozenset({1, 7})
+        protected = frozenset({1})
         begun = start(seed, n_group=n_group, protected=protected)
         found = reconstruct(
             loss, begun, n_group=n_group, protected=protected, calls=calls if n_group == 1 else calls // 2
@@ -66,8 +66,8 @@ def test_many_sets_are_looked_at_within_bounds(n_group: int, calls: int) -> None
         assert len(asked) == len({*asked}) == found.calls <= calls
         assert found.loss == loss(found.keep) <= found.start_loss == loss(begun.keep)
         assert protected <= {*found.keep}
-        counts = np.bincount(np.array(found.keep) * n_group // E, minlength=n_group)
-        assert {*counts.tolist()} == {6 // n_group}
+        for keep in asked if n_group > 1 else [found.keep]:  # no router can run unequal groups on the way
+            assert [*np.bincount(np.array(keep) * n_group // E, minlength=n_group)] == [6 // n_group] * n_group
 
 
 def test_more_calls_find_more() -> None:

@@ -9,14 +9,14 @@ import functools
 from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
-from moeprune.collectors.weights import ExpertWeights, step_of, weights_of
+from moeprune.collectors.weights import ExpertWeights, weights_of
 from moeprune.statistics import known
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
 
-    from moeprune.collectors.weights import Load
+    from moeprune.collectors.weights import Loader
 
 _PIECE = 1 << 22  # elements that are widened at a time
 
@@ -42,7 +42,7 @@ class Slots:
         outputs_TKH: torch.Tensor,
         routed_TH: torch.Tensor,
         residual_TH: torch.Tensor | None = None,
-        load: Load | None = None,
+        loader: Loader | None = None,
     ) -> None:
         self.hidden_TH = hidden_TH
         self.experts_TK = experts_TK
@@ -51,7 +51,7 @@ class Slots:
         self.routed_TH = routed_TH
         self.residual_TH = residual_TH
         self._module: Any = module
-        self._load = load
+        self._loader = loader
 
     @property
     def num_experts(self) -> int:
@@ -85,15 +85,15 @@ class Slots:
         Raises:
             UnsupportedModelError: they are packed, or no gate, up and down projection.
         """
-        return weights_of(self._module, self._load, step_of(self._module) if self._load else 0)
+        return weights_of(self._module, self._loader)
 
 
-def slots_of(module: nn.Module, valid_T: torch.Tensor | None, *, load: Load | None, **rows: torch.Tensor) -> Slots:
+def slots_of(module: nn.Module, valid_T: torch.Tensor | None, *, loader: Loader | None, **rows: torch.Tensor) -> Slots:
     """What a statistic is shown of tokens some of which are padding."""
     if valid_T is not None:
         kept = valid_T.nonzero().squeeze(1)
         rows = {name: values[kept] for name, values in rows.items()}
-    return Slots(module, load=load, **rows)
+    return Slots(module, loader=loader, **rows)
 
 
 def _rows_of(values: torch.Tensor) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
     from moeprune.collectors.sequences import Run
     from moeprune.collectors.sums import LayerSums
+    from moeprune.collectors.weights import Loader
 
     SumsOf = Callable[[ExpertLayer], LayerSums]
 
@@ -126,13 +127,18 @@ class More:
             sums.add(name, measure(logits_TE if valid_T is None else logits_TE[valid_T]))
 
     def see_slots(
-        self, layer: ExpertLayer, sums: LayerSums, valid_T: torch.Tensor | None, load: Any, **rows: torch.Tensor | None
+        self,
+        layer: ExpertLayer,
+        sums: LayerSums,
+        valid_T: torch.Tensor | None,
+        loader: Loader | None,
+        **rows: torch.Tensor | None,
     ) -> None:
         """Experts ran on a slice of the tokens, whose rows are given by the names that :class:`Slots` has."""
         if not self._on_slots:
             return
         given = {name: value.detach() for name, value in rows.items() if value is not None}
-        slots: Slots = slots_of(layer.experts, valid_T, load=load, **given)
+        slots: Slots = slots_of(layer.experts, valid_T, loader=loader, **given)
         for name, measure in self._on_slots.items():
             assert measure is not None  # noqa: S101 - only statistics of this package may lack one
             sums.add(name, measure(slots))

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from torch import nn
     from transformers import PreTrainedModel
 
-    from moeprune.collectors.weights import Load
+    from moeprune.collectors.weights import Loader
 
 PLAN_ATTRIBUTE = "moeprune_plan"  # where a model that was pruned in place keeps its plan
 _TOLERANCE = {4: 1e-5, 2: 2e-2}  # relative error of the rebuilt layer output, by bytes per element
@@ -64,7 +64,7 @@ class Observation:
         self.layers = {layer.experts: layer for layer in _chosen(found, layers)}  # by what is observed
         self.more = More(request, found, [*self.layers.values()])
         self.passed = {layer.experts: layer for layer in found if layer.experts not in self.layers}
-        self.load: Load | None = None  # gives the parameters of some experts, where the layer that runs holds none
+        self.loader: Loader | None = None  # where the layer that runs does not hold its experts
         self._domain = domain
         self._announced = tuple(domains)
         self._domains = dict.fromkeys(domains)  # in the order of the result
@@ -238,7 +238,7 @@ class Observation:
                     self.layers[experts],
                     sums,
                     valid_T,
-                    self.load,
+                    self.loader,
                     hidden_TH=hidden_TH,
                     experts_TK=index_TK,
                     gates_TK=gates_TK,
@@ -322,8 +322,8 @@ class Observation:
     def read_weights(self, index: int | None = None) -> None:
         """Look at the weights of a layer, or of all layers, as they are now; those that are packed are left out."""
         for experts, layer in self.layers.items():
-            if index in {None, layer.index} and not problem_of(experts, elsewhere=self.load is not None):
-                self._facts[layer.index] = facts_of(experts, self.more.facts, self.load)
+            if index in {None, layer.index} and not problem_of(experts, elsewhere=self.loader is not None):
+                self._facts[layer.index] = facts_of(experts, self.more.facts, self.loader)
 
     def arrays(self) -> dict[int, LayerArrays]:
         """The sums of every observed decoder layer up until now."""

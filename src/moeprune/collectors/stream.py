@@ -14,6 +14,7 @@ from moeprune.collectors.kept import Kept
 from moeprune.collectors.more import CORE, Request
 from moeprune.collectors.probe import Observation, observe
 from moeprune.collectors.routes import KEPT, Routes
+from moeprune.collectors.weights import Loader
 from moeprune.statistics import AnyArray, LayerArrays
 from moeprune.streaming.states import States
 from moeprune.streaming.stream import LayerStream, padded
@@ -60,6 +61,7 @@ def stream_batches(
 
     moe_layers = stream.weights.checkpoint.moe_layers
     stream.last = last = request.last_layer(layers, moe_layers)
+    observed = [layer for layer in moe_layers if layer <= last]  # all run alike, so that slices are of one whole
     inputs = [padded(batch.sequences) for batch in batches]
     start = kept.start if kept is not None else 0
     done = {layer: kept.load_layer(layer) for layer in (*layers, _LATE) if kept.has(layer)} if kept is not None else {}
@@ -69,7 +71,7 @@ def stream_batches(
             stream.model,
             like=stream.weights.checkpoint,
             domains=domains,
-            layers=layers,
+            layers=observed,
             statistics=request.statistics,
             paths=request.paths,
             sequences=request.sequences,
@@ -85,13 +87,13 @@ def stream_batches(
             barrier(ranks)  # of a layer that another process may have to run again
         for index in progress(range(start, last + 1), "collecting", unit="layer"):
             _run_layer(stream, index, batches, inputs, states, observation)
-            taken = {index: observation.take(index)} if index in layers else {}
+            taken = {index: observation.take(index)} if index in observed else {}
             if index == moe_layers[-1] != moe_layers[0] and moe_layers[0] in layers and observation.more.follows:
                 taken[_LATE] = observation.take(moe_layers[0])
-            for number, arrays in taken.items():
-                done[number] = arrays
+            for number in taken.keys() & {*layers, _LATE}:
+                done[number] = taken[number]
                 if kept is not None:
-                    kept.save_layer(number, arrays)
+                    kept.save_layer(number, taken[number])
             saver.save(states, index + 1)
             barrier(ranks)  # in step, processes of one machine read every layer from the disk once
     return _with_late(done, moe_layers[0])
@@ -119,7 +121,7 @@ def _run_layer(
     states: States,
     observation: Observation,
 ) -> None:
-    observation.load = None if stream.whole_layers else stream.loader(index)
+    observation.loader = None if stream.whole_layers else Loader(read=stream.loader(index), step=stream.chunk)
     with stream.layer(index):
         for number, batch in enumerate(batches):
             state, routes = _parted(states.get(number), carried=observation.more.follows and index > 0)

@@ -15,9 +15,20 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
-    Load = Callable[[range], Mapping[str, torch.Tensor]]
-
 _BYTES = 1 << 28  # of experts that are read from files at a time
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Loader:
+    """Reads the experts of a layer that holds none of them in memory.
+
+    Attributes:
+        read: gives the parameters of some experts by name, each ``[experts, ...]``.
+        step: experts to read at a time.
+    """
+
+    read: Callable[[range], Mapping[str, torch.Tensor]]
+    step: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,28 +82,30 @@ class ExpertWeights:
         return weight.T if self.module.is_transposed else weight
 
 
-def weights_of(experts: Any, load: Load | None = None, step: int = 0) -> Iterator[tuple[int, ExpertWeights]]:
+def weights_of(experts: Any, loader: Loader | None = None) -> Iterator[tuple[int, ExpertWeights]]:
     """The experts of a layer with their weights, one after another.
 
     Args:
         experts: the experts module.
-        load: gives the parameters of some experts by name, where the module holds none of them.
-        step: experts to load at a time.
+        loader: where the module holds no weights.
 
     Raises:
         UnsupportedModelError: they are no gate, up and down projection, or are packed.
     """
-    problem = problem_of(experts, elsewhere=load is not None)
+    problem = problem_of(experts, elsewhere=loader is not None)
     if problem:
         raise UnsupportedModelError(f"the weights of the experts cannot be read: {problem}")
     own = dict(experts.named_parameters(recurse=False))
     count: int = experts.num_experts
-    for start in range(0, count, step or count):
-        chunk = range(start, min(start + (step or count), count))
-        values = own if load is None else load(chunk)
+    step = count if loader is None else loader.step
+    for start in range(0, count, step):
+        chunk = range(start, min(start + step, count))
+        values = own if loader is None else loader.read(chunk)
         for expert in chunk:
-            row = expert if load is None else expert - start
-            yield expert, ExpertWeights(module=experts, own={name: value[row] for name, value in values.items()})
+            yield (
+                expert,
+                ExpertWeights(module=experts, own={name: value[expert - start] for name, value in values.items()}),
+            )
 
 
 def problem_of(experts: nn.Module, *, elsewhere: bool = False) -> str:
@@ -130,13 +143,13 @@ def sizes_of(experts: Any) -> dict[str, int]:
 # --- facts ------------------------------------------------------------------------------------------------------------
 
 
-def facts_of(experts: nn.Module, more: Iterable[str] = (), load: Load | None = None) -> dict[str, AnyArray]:
+def facts_of(experts: nn.Module, more: Iterable[str] = (), loader: Loader | None = None) -> dict[str, AnyArray]:
     """What the weights of a layer's experts say, from one pass over them on the device where they are.
 
     Args:
         experts: the experts module.
         more: facts beyond :data:`moeprune.catalogue.FACTS`.
-        load: see :func:`weights_of`.
+        loader: where the module holds no weights.
 
     Returns:
         Arrays by statistic; float64, counts int64.
@@ -146,7 +159,7 @@ def facts_of(experts: nn.Module, more: Iterable[str] = (), load: Load | None = N
     measures = {name: measure for name in more if (measure := known(name).measure) is not None}
     rows: dict[str, list[torch.Tensor]] = {}
     with torch.no_grad():
-        for _, expert in weights_of(experts, load, step_of(experts) if load else 0):
+        for _, expert in weights_of(experts, loader):
             found = _own_facts(expert) | {name: measure(expert) for name, measure in measures.items()}
             for name, value in found.items():
                 rows.setdefault(name, []).append(value.double())

@@ -43,9 +43,7 @@ class NonUniformForCausalLM(_Base):
     @classmethod
     def from_pretrained(cls, *args, config=None, **kwargs):
         if config is not None:
-            text = config.get_text_config()
-            text.auto_map = config.auto_map
-            config = text
+            config = config.get_text_config()
         kwargs.setdefault("key_mapping", _RENAMED or None)
         return super().from_pretrained(*args, config=config, **kwargs)
 '''

@@ -218,7 +218,6 @@ _CONTROL = Strategy(
 )
 
 
-
 def _no_formula(stats: LayerStatistics) -> FloatArray:
     raise StrategyError(
         "auto has no formula: it tries the other strategies on text of its own", "pass --selection heldout.jsonl"

@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Set
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,6 +32,7 @@ BUDGETS: Mapping[str, tuple[tuple[str, ...], str]] = {
         "quiet experts go: at most alpha of the mean load, and beta of the layer's load in all",
     ),
     "coverage": (("fraction",), "the best experts that hold one fraction of each layer's score, the same in all"),
+    "evolve": (("generations",), "a search over counts for the smallest change of the predictions on a selection text"),
 }
 _DIGITS = 12  # priorities that agree to this many digits are equal, and the earlier step of the earlier layer wins
 
@@ -44,12 +46,14 @@ class Allocation:
         alpha: LAEP: the load, in means of the layer's, above which an expert stays.
         beta: LAEP: share of the layer's load that may go; None where a ratio decides.
         fraction: coverage: share of the layer's score that stays; None where a ratio decides.
+        generations: evolve: how often counts are changed and scored.
     """
 
     name: str = "uniform"
     alpha: float = math.inf
     beta: float | None = None
     fraction: float | None = None
+    generations: int = 20
 
     @classmethod
     def parse(cls, text: str) -> Allocation:
@@ -66,17 +70,18 @@ class Allocation:
         if name not in BUDGETS:
             raise ConfigError(f"--budget knows no {name!r}", nearest(name, BUDGETS))
         known = BUDGETS[name][0]
-        values: dict[str, float] = {}
+        values: dict[str, Any] = {}
         for item in filter(None, options.split(",")):
             key, _, value = (part.strip() for part in item.partition("="))
             if key not in known:
                 raise ConfigError(f"--budget {name} has no option {key!r}", f"it has {', '.join(known) or 'none'}")
-            values[key] = _number(value, f"--budget {name}: {key}", top=math.inf if key == "alpha" else 1)
+            number = _number(value, f"--budget {name}: {key}", top=_LARGEST[key], whole=key in _WHOLE)
+            values[key] = int(number) if key in _WHOLE else number
         return cls(name=name, **values)
 
     def __str__(self) -> str:
-        known = {"alpha": self.alpha, "beta": self.beta, "fraction": self.fraction}
-        given = [f"{key}={value:g}" for key, value in known.items() if value not in {None, math.inf}]
+        options = ((field.name, getattr(self, field.name), field.default) for field in fields(self))
+        given = [f"{key}={value:.12g}" for key, value, unset in options if key != "name" and value != unset]
         return self.name + (f":{','.join(given)}" if given else "")
 
     @property
@@ -85,21 +90,30 @@ class Allocation:
         return self.name == "laep"
 
     @property
+    def searched(self) -> bool:
+        """Whether candidates are scored on the model, for which it must run."""
+        return self.name == "evolve"
+
+    @property
     def sized(self) -> bool:
         """Whether thresholds say how many experts stay, so that no ratio is wanted."""
         return self.beta is not None or self.fraction is not None
 
 
 UNIFORM = Allocation()
+_LARGEST = {"alpha": math.inf, "beta": 1.0, "fraction": 1.0, "generations": 10_000.0}
+_WHOLE = {"generations"}
 
 
-def _number(text: str, what: str, *, top: float) -> float:
+def _number(text: str, what: str, *, top: float, whole: bool) -> float:
     try:
         value = float(text)
     except ValueError:
         raise ConfigError(f"{what} must be a number, not {text!r}") from None
     if not 0 <= value <= top:
         raise ConfigError(f"{what} must be at least 0" + (f" and at most {top:g}" if top < math.inf else ""))
+    if whole and value % 1:
+        raise ConfigError(f"{what} must be a whole number, not {text}")
     return value
 
 

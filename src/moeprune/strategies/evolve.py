@@ -14,6 +14,7 @@ import numpy as np
 
 Counts = tuple[int, ...]  # steps that each layer keeps
 Cost = Callable[[Sequence[Counts]], Sequence[float]]
+POPULATION = 32
 _PARENTS = 4  # the best so far, from which all children come
 _MOVES, _WIDTH = 3, 4  # most moves in a child, and most steps in a move
 _TRIES = 50  # mutations that may turn out to be known before a generation is smaller
@@ -46,7 +47,7 @@ def evolve(
     least: Counts,
     most: int,
     generations: int = 20,
-    population: int = 32,
+    population: int = POPULATION,
     seed: int = 0,
 ) -> Iterator[Evolution]:
     """Search for counts of low cost whose sum is that of the starts.

@@ -2,8 +2,8 @@
 
 The loss of a set is measured by running the layer without the other experts, the router's top-k taken anew among those
 that stay, so that no statistic can stand in for it: the search is given a function. It looks at every set where they
-are few. Else it starts from what another strategy would keep and from greedy elimination, and exchanges one expert for
-another while that helps.
+are few. Else it starts from what another strategy would keep and, without router groups, from greedy elimination, and
+exchanges one expert for another while that helps.
 """
 
 from __future__ import annotations
@@ -70,7 +70,8 @@ def reconstruct(
         for keep in search.every_set():
             search.look(keep)
     else:
-        search.eliminate(calls // 2)
+        if n_group == 1:  # on the way groups would be unequal, which a router cannot run
+            search.eliminate(calls // 2)
         search.exchange()
     best = search.best()
     return Found(keep=best, loss=search.seen[best], start_loss=start_loss, calls=len(search.seen), complete=complete)
@@ -144,9 +145,7 @@ class _Search:
 
     def _removable(self, keep: Keep) -> list[int]:
         """Experts that may go, worst first; of equal ones the last."""
-        per_group = len(self.start.keep) // self.n_group
-        full = [block for block in self.blocks if len({*keep} & {*block}) > per_group]
-        free = [expert for block in full for expert in block if expert in keep and expert not in self.protected]
+        free = [expert for expert in keep if expert not in self.protected]
         return sorted(free, key=lambda expert: (self.start.scores[expert], -expert))
 
     def exchange(self) -> None:

@@ -28,13 +28,19 @@ def maestro(layers: Layers) -> dict[int, FloatArray]:
     A state is an expert of a layer; the walk follows how often tokens went from the top-k of one MoE layer to that of
     the next, and from the last layer to the first one for the next token. The shares are the chain's stationary
     distribution, times the number of layers so that each layer's sum is 1.
+
+    Raises:
+        StrategyError: no token came from one layer to the next, or the sequences are so short that every walk ends.
     """
     steps_LEE = np.stack([_steps(layers, layer) for layer in layers])
     share_LE = np.full(steps_LEE.shape[:2], 1 / steps_LEE.shape[1])
     for _ in range(_ROUNDS):
         # What arrives in a layer left the one before it. Every layer has its token at every time, so its sum is 1.
         arrived_LE = (np.roll(share_LE, 1, axis=0)[:, None, :] @ steps_LEE)[:, 0, :]
-        arrived_LE /= arrived_LE.sum(axis=1, keepdims=True)
+        total_L1 = arrived_LE.sum(axis=1, keepdims=True)
+        if not total_L1.all():
+            raise StrategyError("every walk through the experts comes to an end", "calibrate with longer sequences")
+        arrived_LE /= total_L1
         change = np.abs(arrived_LE - share_LE).sum() / len(share_LE)
         share_LE = arrived_LE
         if change < _CLOSE:
@@ -216,13 +222,22 @@ def _linked_paths(
 def _extended(prefix_SEP: FloatArray, step_EE: FloatArray) -> tuple[FloatArray, IntArray]:
     """The best prefixes that end at each expert of the next layer, and the number e * P + p of what they go on from."""
     samples, experts, count = prefix_SEP.shape
-    # Only an expert whose own best prefix is among the best few can have a prefix among them.
-    before_SEW = _first_few(prefix_SEP[:, None, :, 0] + step_EE.T, min(count, experts))
-    all_SEWP = prefix_SEP[np.arange(samples)[:, None, None], before_SEW]
-    all_SEWP += step_EE[before_SEW, np.arange(experts)[:, None]][..., None]
-    best, place = _best(all_SEWP.reshape(samples * experts, -1), count)
-    before = np.take_along_axis(before_SEW.reshape(samples * experts, -1), place // count, axis=1)
-    return best.reshape(prefix_SEP.shape), (before * count + place % count).reshape(prefix_SEP.shape)
+    ahead_SEE = (
+        prefix_SEP[:, None, :, 0] + step_EE.T
+    )  # the best way to each expert from each one before that is not taken
+    taken_SEE = np.zeros(ahead_SEE.shape, dtype=np.int32)  # how many prefixes of the one before are
+    best_SEP, parent_SEP = np.empty_like(prefix_SEP), np.empty(prefix_SEP.shape, dtype=np.int64)
+    sample, to = np.ogrid[:samples, :experts]
+    for number in range(count):
+        before_SE = ahead_SEE.argmax(axis=-1)
+        here = (sample, to, before_SE)
+        rank_SE = taken_SEE[here]
+        best_SEP[..., number] = ahead_SEE[here]
+        parent_SEP[..., number] = before_SE * count + rank_SE
+        taken_SEE[here] += 1
+        following_SE = prefix_SEP[sample, before_SE, np.minimum(rank_SE + 1, count - 1)] + step_EE[before_SE, to]
+        ahead_SEE[here] = np.where(rank_SE + 1 < count, following_SE, -np.inf)
+    return best_SEP, parent_SEP
 
 
 def _followed_back(end_SP: IntArray, parents: Sequence[IntArray]) -> list[IntArray]:
@@ -237,12 +252,3 @@ def _best(values: FloatArray, count: int) -> tuple[FloatArray, IntArray]:
     """The largest values of every row, and where they are; of equal ones the first."""
     place = np.argsort(-values, axis=1, kind="stable")[:, :count]
     return np.take_along_axis(values, place, axis=1), place
-
-
-def _first_few(values: FloatArray, count: int) -> IntArray:
-    """Where the largest values along the last axis are, in that order; of equal ones the first. Changes the values."""
-    place = np.empty((*values.shape[:-1], count), dtype=np.int64)
-    for number in range(count):
-        place[..., number] = values.argmax(axis=-1)
-        np.put_along_axis(values, place[..., number : number + 1], -np.inf, axis=-1)
-    return place

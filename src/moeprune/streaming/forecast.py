@@ -176,8 +176,12 @@ class _Sizes:
         return chunk
 
     def read(self, chunk: int) -> int:
-        """Bytes read: experts that do not fit are read again for every batch, and to check the first one's output."""
-        times = len(self.load.shapes) * self.load.copies + bool(self.load.sums) if chunk < self.num_experts else 1
+        """Bytes read: experts that do not fit are read again for every batch.
+
+        Whoever adds up reads them once more to check the first batch's output, and once for facts about weights.
+        """
+        batches = len(self.load.shapes) * self.load.copies + (2 if self.load.sums else 0)
+        times = batches if chunk < self.num_experts else 1
         total = self.weights.stored_bytes(EMBEDDING) + (self.weights.stored_bytes(HEAD) if self.load.head else 0)
         for layer in self.layers:
             experts = self.weights.stored_bytes(layer, experts=True)
