@@ -12,12 +12,36 @@ from moeprune.errors import ConfigError, StrategyError
 from moeprune.planner import Decisions, derive, make_plan
 from moeprune.plans import LayerPlan, PruningPlan
 from moeprune.statistics import RouterStatistics
-from moeprune.strategies import AUTO, BUILTIN
+from moeprune.strategies import AUTO, BUILTIN, resolve
 from moeprune.strategies.auto import Choice, Keeps, Rules, Trial, search
 
 if TYPE_CHECKING:
-    from moeprune.calibration import CalibrationSet
     from moeprune.evaluation.evaluator import Evaluator, PlanScore
+    from moeprune.evaluation.reconstruction import SubsetLoss
+
+ROUNDS = 2  # how often every layer may take another candidate's keep-list, and how often it may exchange experts
+
+
+def decide(
+    checkpoint: Checkpoint,
+    statistics: RouterStatistics,
+    wanted: Decisions,
+    subset_loss: SubsetLoss | None = None,
+    evaluator: Evaluator | None = None,
+    selection: str = "",
+) -> PruningPlan:
+    """The plan that is asked for: by a strategy, or by what chooses between them.
+
+    Args:
+        checkpoint, statistics, wanted, subset_loss: as for :func:`moeprune.planner.make_plan`.
+        evaluator: scores plans on a selection text, for what searches.
+        selection: fingerprint of that text.
+    """
+    if resolve(wanted.strategy).name != AUTO.name:
+        return make_plan(checkpoint, statistics, wanted, subset_loss, evaluator, selection)
+    if evaluator is None:
+        raise ConfigError("--strategy auto scores plans on a text of its own", "name one with --selection")
+    return auto_plan(checkpoint, statistics, wanted, evaluator, selection=selection)
 
 
 def auto_plan(
@@ -26,8 +50,8 @@ def auto_plan(
     wanted: Decisions,
     evaluator: Evaluator,
     *,
-    rounds: int = 2,
-    selection: CalibrationSet | None = None,
+    rounds: int = ROUNDS,
+    selection: str = "",
 ) -> PruningPlan:
     """Plan by every strategy, score the plans on selection text, and mix their layers.
 
@@ -39,14 +63,17 @@ def auto_plan(
         wanted: budget and the rest; its strategy is passed over.
         evaluator: scores keep-lists against the original on text that nothing was calibrated on.
         rounds: how often every layer may change its keep-list; 0 takes the best candidate as it is.
-        selection: the text, for the plan to tell.
+        selection: fingerprint of that text.
 
     Raises:
         StrategyError: the statistics serve no strategy.
         ConfigError, PlanError: whatever :func:`moeprune.planner.make_plan` refuses.
     """
-    if wanted.allow_non_uniform:
-        raise ConfigError("--strategy auto keeps the same number in every layer", "leave --allow-non-uniform out")
+    if wanted.allow_non_uniform or wanted.rearrange > 1:
+        option = "--allow-non-uniform" if wanted.allow_non_uniform else "--rearrange"
+        raise ConfigError(
+            f"--strategy auto cannot be combined with {option}", "plan by the strategy that it finds best"
+        )
     plans = candidates(checkpoint, statistics, wanted)
     layers = checkpoint.moe_layers
     keeps = {name: {layer: plan.layers[layer].keep for layer in layers} for name, plan in plans.items()}
@@ -110,7 +137,7 @@ def _as_plan(
     best: PruningPlan,
     choice: Choice,
     plans: Mapping[str, PruningPlan],
-    selection: CalibrationSet | None,
+    selection: str,
 ) -> PruningPlan:
     """The plan of the chosen mix; what it says beside the keep-lists is that of the best candidate where it holds."""
     layers = dict(best.layers)
@@ -123,7 +150,7 @@ def _as_plan(
             layers[layer] = LayerPlan(keep=layers[last].keep, copied_from=last)
     described: dict[str, Any] = {"name": AUTO.name, "what": AUTO.summary}
     described |= {key: best.strategy[key] for key in ("protected",) if key in best.strategy} | choice.to_dict()
-    text = {"selection": selection.fingerprint} if selection is not None else {}
+    text = {"selection": selection} if selection else {}
     mixed = dataclasses.replace(
         best,
         layers=layers,
@@ -135,17 +162,3 @@ def _as_plan(
         notes=[line for line in best.notes if "halves of the calibration data" not in line],
     )
     return derive(checkpoint, mixed)
-
-
-def check_disjoint(calibration: CalibrationSet, selection: CalibrationSet) -> None:
-    """Refuse to choose on text that the candidates were calibrated on.
-
-    Raises:
-        ConfigError: some sequence is in both.
-    """
-    shared = set(calibration.sequences) & set(selection.sequences)
-    if shared:
-        raise ConfigError(
-            f"{len(shared)} sequences of the selection text are calibration data too",
-            "choose on text that nothing was calibrated on: another --selection",
-        )

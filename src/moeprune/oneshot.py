@@ -13,20 +13,21 @@ from moeprune._options import CalibrationOptions, budget_of, by_stage, check_mar
 from moeprune.calibration import CalibrationSet
 from moeprune.catalogue import FACTS
 from moeprune.checkpoint import Checkpoint, open_checkpoint
+from moeprune.choosing import decide
 from moeprune.collecting import collected, expected_of
 from moeprune.collectors.distributed import refuse_many
 from moeprune.errors import ConfigError, EvaluationError
 from moeprune.evaluation.harness import preflight
 from moeprune.evaluation.settings import EvalSettings
 from moeprune.pipeline import BUNDLED, check_can_load, check_space, default_output, evaluate_checkpoints
-from moeprune.planner import Decisions, check_decisions, make_plan, preview
+from moeprune.planner import Decisions, check_decisions, preview
 from moeprune.plans import PruningPlan
 from moeprune.reconstructing import subset_loss_of
 from moeprune.rewrite.drop import DEFAULT_SHARD_SIZE, PROVENANCE, apply_drop, check_output
 from moeprune.rewrite.verify import verify_drop
 from moeprune.scoring import SelectionText, load_selection, selection_evaluator
 from moeprune.statistics import RouterStatistics
-from moeprune.strategies import DEFAULT, Criterion, GlobalCriterion, resolve
+from moeprune.strategies import AUTO, DEFAULT, Criterion, GlobalCriterion, resolve
 from moeprune.strategies.allocate import Allocation
 
 if TYPE_CHECKING:
@@ -106,6 +107,8 @@ def prune(
     _check_evaluated(names, options, bundled=model is None)
     if model is None:
         model, sources, names, options = _bundled(sources, names, options)
+        searches = Allocation.parse(budget).searched or strategy == AUTO.name
+        selection = selection or (str(BUNDLED / "selection.jsonl") if searches else ())
     calibrated, decided, evaluated = by_stage(options, CalibrationOptions, Decisions, EvalSettings)
     amount, allocation = budget_of(ratio, keep, round_to), Allocation.parse(budget)
     wanted = Decisions(budget=amount, allocation=allocation, strategy=strategy, **decided)
@@ -117,7 +120,7 @@ def prune(
     settings = CalibrationOptions(sources=sources, **calibrated)
     settings = dataclasses.replace(settings, statistics=(*several(settings.statistics), *resolve(strategy).needs))
     data = _load(checkpoint, settings, wanted)
-    text = load_selection(checkpoint, settings, several(selection), allocation)
+    text = load_selection(checkpoint, settings, several(selection), allocation, resolve(strategy), data)
     evaluation = _preflight(names, evaluated, checkpoint) if names else None
     if evaluation and wanted.allow_non_uniform:
         check_can_load(evaluation)
@@ -145,7 +148,7 @@ def _planned(
     """The plan, with whatever runs the model to find it."""
     with selection_evaluator(checkpoint, text, output=target) as evaluator:
         fingerprint = text.data.fingerprint if text else ""
-        return make_plan(checkpoint, statistics, wanted, subset_loss, evaluator, fingerprint)
+        return decide(checkpoint, statistics, wanted, subset_loss, evaluator, fingerprint)
 
 
 def _default_output(model: PathLike, checkpoint: Checkpoint, wanted: Decisions) -> Path:

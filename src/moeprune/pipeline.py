@@ -13,16 +13,17 @@ from typing import TYPE_CHECKING, Any
 from moeprune._files import PathLike, begin_work, check_free_space, check_output_file, check_output_folder
 from moeprune._options import CalibrationOptions, budget_of, by_stage, check_margin, eval_settings, several
 from moeprune.checkpoint import Checkpoint, open_checkpoint
+from moeprune.choosing import decide
 from moeprune.collecting import collected, expected_of
 from moeprune.collectors.distributed import process_group
 from moeprune.errors import ConfigError
-from moeprune.planner import Blend, Decisions, Protected, check_decisions, derive, make_plan
+from moeprune.planner import Blend, Decisions, Protected, check_decisions, derive
 from moeprune.plans import MtpPolicy, PruningPlan
 from moeprune.rewrite.drop import DEFAULT_SHARD_SIZE, apply_drop, check_output, keep_lists, output_tensors
 from moeprune.scoring import load_selection, selection_evaluator
 from moeprune.statistics import RouterStatistics
 from moeprune.strategies import DEFAULT as DEFAULT_STRATEGY
-from moeprune.strategies import Criterion, GlobalCriterion
+from moeprune.strategies import Criterion, GlobalCriterion, resolve
 from moeprune.strategies.allocate import Allocation
 
 if TYPE_CHECKING:
@@ -206,10 +207,11 @@ def plan(
         raise ConfigError(f"{option} says how the model runs, and without --selection it does not run")
     checkpoint = open_checkpoint(model, revision=revision)
     check_decisions(checkpoint, wanted, domains=stats.domains)
-    text = load_selection(checkpoint, CalibrationOptions(seed=seed, **given), several(selection), wanted.allocation)
+    running_options = CalibrationOptions(seed=seed, **given)
+    text = load_selection(checkpoint, running_options, several(selection), wanted.allocation, resolve(strategy))
     with selection_evaluator(checkpoint, text, output=Path(output) if output else None) as evaluator:
         fingerprint = text.data.fingerprint if text else ""
-        made = make_plan(checkpoint, stats, wanted, evaluator=evaluator, selection=fingerprint)
+        made = decide(checkpoint, stats, wanted, evaluator=evaluator, selection=fingerprint)
     if output is not None:
         begin_work()
         made.save(output)

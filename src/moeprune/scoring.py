@@ -24,6 +24,7 @@ from moeprune.evaluation.text import TextReport, write_text_report
 from moeprune.plans import PruningPlan
 from moeprune.rewrite.drop import PROVENANCE, check_plan
 from moeprune.statistics import RouterStatistics
+from moeprune.strategies import AUTO, BUILTIN, Strategy
 from moeprune.strategies.allocate import Allocation
 from moeprune.strategies.evolve import POPULATION
 
@@ -164,38 +165,70 @@ def open_evaluator(
         yield StreamedEvaluator(stream, data.sequences, settings.batch_tokens, states=states)
 
 
-# --- budgets that search ----------------------------------------------------------------------------------------------
+# --- what searches ----------------------------------------------------------------------------------------------------
 
 
 def load_selection(
-    checkpoint: Checkpoint, settings: CalibrationOptions, sources: tuple[str, ...], allocation: Allocation
+    checkpoint: Checkpoint,
+    settings: CalibrationOptions,
+    sources: tuple[str, ...],
+    allocation: Allocation,
+    strategy: Strategy,
+    calibration: CalibrationSet | None = None,
 ) -> SelectionText | None:
-    """Read the text on which a budget scores its candidates; None where it scores none.
+    """Read the text on which candidates are scored; None where none are.
+
+    Args:
+        checkpoint: the model.
+        settings: how to read and run it.
+        sources: of the text.
+        allocation, strategy: one of which may search.
+        calibration: what the statistics are of, where it is at hand.
 
     Raises:
-        ConfigError: a budget that searches has no text, or one that does not has one.
+        ConfigError: what searches has no text, nothing searches and there is one, or it is calibration data too.
         EvaluationError: fewer than two documents with a token to predict.
     """
-    if allocation.searched is not bool(sources):
+    chooses = strategy.name == AUTO.name
+    if chooses and allocation.searched:
+        raise ConfigError("--strategy auto and --budget evolve both search", "leave one of them out")
+    if (allocation.searched or chooses) is not bool(sources):
         if sources:
-            raise ConfigError("--selection is for a budget that searches", "add --budget evolve")
-        raise ConfigError(f"--budget {allocation} scores counts on a text of its own", "name one with --selection")
+            raise ConfigError("--selection is for what searches", "add --strategy auto or --budget evolve")
+        what = "--strategy auto scores plans" if chooses else f"--budget {allocation} scores counts"
+        raise ConfigError(f"{what} on a text of its own", "name one with --selection")
     if not sources:
         return None
-    own = dataclasses.replace(
-        settings, sources=sources, num_samples=SELECTION_SAMPLES, shuffle=False, pack=False, layers=None
-    )
+    samples = settings.num_samples if chooses else SELECTION_SAMPLES
+    own = dataclasses.replace(settings, sources=sources, num_samples=samples, shuffle=False, pack=False, layers=None)
     data = own.load(checkpoint)
     check_documents(data.sequences)
-    return SelectionText(settings=own, data=data)
+    if calibration is not None:
+        check_disjoint(calibration, data)
+    return SelectionText(settings=own, data=data, plans=len(BUILTIN) if chooses else POPULATION)
+
+
+def check_disjoint(calibration: CalibrationSet, selection: CalibrationSet) -> None:
+    """Refuse to choose on text that the candidates were calibrated on.
+
+    Raises:
+        ConfigError: some sequence is in both.
+    """
+    shared = set(calibration.sequences) & set(selection.sequences)
+    if shared:
+        raise ConfigError(
+            f"{len(shared)} sequences of the selection text are calibration data too",
+            "choose on text that nothing was calibrated on: another --selection",
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SelectionText:
-    """Documents on which candidates are scored, apart from those of the calibration."""
+    """Documents on which candidates are scored, apart from those of the calibration; so many plans at a time."""
 
     settings: CalibrationOptions
     data: CalibrationSet
+    plans: int
 
 
 @contextlib.contextmanager
@@ -206,7 +239,7 @@ def selection_evaluator(
     if text is None:
         yield None
         return
-    with open_evaluator(checkpoint, text.settings, text.data, plans=POPULATION, output=output) as evaluator:
+    with open_evaluator(checkpoint, text.settings, text.data, plans=text.plans, output=output) as evaluator:
         yield evaluator
 
 

@@ -16,6 +16,7 @@ import pytest
 import moeprune
 from moeprune.architectures import ARCHITECTURES
 from moeprune.cli import run
+from moeprune.engines import engine_verdicts
 from moeprune.errors import ArtifactError, CheckpointError, ConfigError, LayoutError, PlanError, UnsupportedModelError
 from moeprune.evaluation.evaluator import KeepLists, PlanScore, ResidentEvaluator
 from moeprune.experts import expert_layers
@@ -264,6 +265,13 @@ def test_keep_lists_can_be_edited(checkpoint_of: CheckpointOf, tmp_path: Path) -
     assert not (moeprune.apply(base, made, tmp_path / "even") / MODELING).exists()
 
 
+def test_the_smallest_layer_decides_what_transformers_takes(checkpoint_of: CheckpointOf) -> None:
+    """A layer in which a token cannot reach its top-k experts is a reason, however many the others keep."""
+    checkpoint = moeprune.open_checkpoint(checkpoint_of("qwen3_moe"))
+    assert engine_verdicts(checkpoint, 12, fewest=3)["transformers"] == ()
+    assert engine_verdicts(checkpoint, 12, fewest=2)["transformers"] == ("a token cannot reach its top-k experts",)
+
+
 def test_the_flag_is_needed(checkpoint_of: CheckpointOf, model_of: ModelOf, tmp_path: Path) -> None:
     """Counts that differ by accident are refused on disk and in memory."""
     base = checkpoint_of("mixtral")
@@ -409,6 +417,19 @@ def test_budgets_from_calibration_to_checkpoint(
             moeprune.plan(statistics, base, ratio=ratio, budget=budget, allow_non_uniform=True, target=["vllm"])
 
 
+def test_measured_mtp_layers_keep_as_many_as_the_last(
+    checkpoint_of: CheckpointOf, ids_file: Path, tmp_path: Path
+) -> None:
+    """An MTP layer with statistics of its own ranks its experts by them, and the count is the last layer's."""
+    base = checkpoint_of("glm4_moe")
+    statistics = moeprune.collect(base, calibration=str(ids_file))
+    measured = dataclasses.replace(statistics, layers={**statistics.layers, 3: statistics.layers[1]})
+    plan = moeprune.plan(measured, base, ratio=0.5, budget="global", strategy=steeper, allow_non_uniform=True)
+    assert plan.layers[3].copied_from is None
+    assert plan.counts[3] == plan.counts[2] != plan.counts[1]
+    moeprune.verify(base, moeprune.apply(base, plan, tmp_path / "out"))
+
+
 def test_thresholds_need_no_ratio(checkpoint_of: CheckpointOf, ids_file: Path, tmp_path: Path) -> None:
     """LAEP's thresholds say how many stay; in one run the output must be named, and calibration data is needed."""
     base, rows = checkpoint_of("qwen3_moe"), str(ids_file)
@@ -418,6 +439,11 @@ def test_thresholds_need_no_ratio(checkpoint_of: CheckpointOf, ids_file: Path, t
     assert result.plan.command["budget"] == "laep:alpha=0.8,beta=0.2"
     assert "ratio" not in result.plan.command
     assert moeprune.open_checkpoint(tmp_path / "out").num_experts == result.plan.kept
+    assert result.statistics is not None
+    loose: dict[str, Any] = {"budget": "coverage:fraction=0.8", "strategy": steeper, "allow_non_uniform": True}
+    assert not moeprune.plan(result.statistics, base, target=["transformers"], **loose).uniform
+    with pytest.raises(PlanError, match="vllm would not take the result: it reads one number"):
+        moeprune.plan(result.statistics, base, target=["vllm"], **loose)
     with pytest.raises(ConfigError, match=r"leaves open how many experts stay.*-o"):
         moeprune.prune(base, budget="laep:beta=0.2", calibration=rows)
     with pytest.raises(ConfigError, match="--budget laep needs calibration data"):

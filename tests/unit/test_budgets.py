@@ -55,7 +55,8 @@ def test_costs_are_shared_out_like_scores() -> None:
     """A diagonal cost matrix is scores; doubling every expert makes a layer need more of them."""
     diagonal = wish(masses(np.diag(STEEP), np.diag(FLAT)), "coverage", 4)
     assert diagonal == wish(masses(STEEP, FLAT), "coverage", 4)
-    twins = np.asarray(np.kron(np.eye(4), np.ones((2, 2))), np.float64)  # each expert twice: the first of a pair saves three quarters
+    # each expert twice: the first of a pair saves three quarters
+    twins = np.asarray(np.kron(np.eye(4), np.ones((2, 2))), np.float64)
     assert wish(masses(twins, np.eye(8)), "global", 5) == {1: 4, 2: 6}
 
 

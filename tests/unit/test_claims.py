@@ -187,7 +187,7 @@ def test_a_folder_that_another_run_finished_first_is_not_replaced(
 
 def test_a_lock_on_a_file_that_is_gone_is_no_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A journal that its owner removed between our opening and our locking it is opened anew."""
-    lock, locked = claims._lock, []
+    lock, locked = claims.lock_file, []
 
     def late(file: Any, target: Path) -> None:
         locked.append(file)
@@ -195,7 +195,7 @@ def test_a_lock_on_a_file_that_is_gone_is_no_lock(tmp_path: Path, monkeypatch: p
             Path(file.name).unlink()
         lock(file, target)
 
-    monkeypatch.setattr(claims, "_lock", late)
+    monkeypatch.setattr(claims, "lock_file", late)
     with claims.output_folder(tmp_path / "out") as staging:
         assert [file.closed for file in locked] == [True, False]
         monkeypatch.undo()
