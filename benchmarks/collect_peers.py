@@ -1,6 +1,6 @@
 """Statistics for expert pruning beside plain forward passes, and beside llm-compressor's REAP modifier.
 
-    python -m venv PEER && PEER/bin/pip install 'llmcompressor==0.14.*' torch==2.13.0
+    python -m venv PEER && PEER/bin/pip install llmcompressor==0.14.0.1 transformers==5.17.0 torch==2.13.0
     python benchmarks/collect_peers.py --work DIR --peer-python PEER/bin/python [--repeats 3] [--small]
 
 One model (the layer shapes of Qwen3-30B-A3B: hidden 2048, 128 experts of 768, top-8; four layers, 4.7 GB of random

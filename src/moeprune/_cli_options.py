@@ -247,6 +247,9 @@ def protected_of(text: str) -> dict[int, frozenset[int]] | None:
     return {layer: frozenset(experts) for layer, experts in layers.items()} or None
 
 
+_MOST_LAYERS = 9999  # no model has more
+
+
 def layers_of(text: str) -> tuple[int, ...] | None:
     """Decoder layers, ``0-2,5`` as ``(0, 1, 2, 5)``.
 
@@ -256,9 +259,10 @@ def layers_of(text: str) -> tuple[int, ...] | None:
     found: list[int] = []
     for item in names(text):
         first, _, last = item.partition("-")
-        if not first.isdecimal() or not (last or first).isdecimal() or int(last or first) < int(first):
+        numbers = [int(text) if text.isdecimal() else -1 for text in (first, last or first)]
+        if not 0 <= numbers[0] <= numbers[1] <= _MOST_LAYERS:
             raise ConfigError(f"--layers: {item!r} is no layer or range of layers", "write it as 0-11,13")
-        found += range(int(first), int(last or first) + 1)
+        found += range(numbers[0], numbers[1] + 1)
     return tuple(found) or None
 
 

@@ -148,11 +148,11 @@ def _resident(
 ) -> Mapping[int, LayerArrays]:
     from moeprune.collectors.resident import load_model, run_batches
 
+    layers = settings.observed(checkpoint)
     loaded = load_model(
         checkpoint, device=settings.device, dtype=settings.dtype, trust_remote_code=settings.trust_remote_code
     )
     begin_work()
-    layers = settings.observed(checkpoint)
     # Layers before those that are asked for run alike too, so that slices are of one whole.
     observed = [layer for layer in checkpoint.moe_layers if layer <= max(layers)]
     request = _request(settings, data)

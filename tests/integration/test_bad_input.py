@@ -209,6 +209,25 @@ OPTIONS = [
     Case("negative margin", PRUNE + " --margin -1", "--margin must be at least 0", "points"),
     Case("margin nan", PRUNE + " --margin nan", "--margin must be at least 0", "points"),
 ]
+COLLECT = "collect {base} --calibration {ids} --device cpu -o s.st"
+STREAMS = [
+    Case("memory of a whole", COLLECT + " --no-stream --memory 1GB", "--memory bounds a pass layer by", "--no-stream"),
+    Case("device memory of a whole", COLLECT + " --no-stream --device-memory 1GB", "--device-memory bounds", "leave"),
+    Case("memory of a whole, prune", PRUNE + " --no-stream --memory 1GB", "--memory bounds a pass", "--no-stream"),
+    Case("no accelerator", COLLECT + " --stream --device-memory 1GB", "the model runs on the CPU", "give --memory"),
+    Case("no accelerator, unasked", COLLECT + " --device-memory 1GB", "the model runs on the CPU", "give --memory"),
+    Case("memory in words", COLLECT + " --memory lots", "'lots' is not a size", "512MiB"),
+    Case("memory of nothing", COLLECT + " --memory 0", "hold anything", "512MiB"),
+    Case("too little", COLLECT + " --stream --memory 1MB", "a single expert at a time takes", "raise --memory"),
+    Case("too little, dry", COLLECT + " --stream --memory 1MB --dry-run", "at a time takes", "raise --memory"),
+    Case("too little, prune", PRUNE + " --device cpu --memory 1MB", "at a time takes", "--batch-tokens"),
+    Case("dense layer", COLLECT + " --layers 0-2", "names layer 1, which has no routed experts", "experts: 0, 2"),
+    Case("no such layer", COLLECT + " --stream --layers 2,7", "names layer 7, which has no routed", "experts: 0, 2"),
+    Case("layers in words", COLLECT + " --layers first", "'first' is no layer or range of layers", "0-11,13"),
+    Case("layers backwards", COLLECT + " --layers 2-0", "'2-0' is no layer or range of layers", "0-11,13"),
+    Case("negative layer", COLLECT + " --layers=-1", "'-1' is no layer or range of layers", "0-11,13"),
+    Case("absurd layers", COLLECT + " --layers 0-99999999999", "is no layer or range of layers", "0-11,13"),
+]
 EVAL = "eval {base} {base} --tasks a -o report"
 EVALUATIONS = [
     Case("no tasks", "eval {base} {base} --tasks , -o report", "no tasks to evaluate", "--tasks"),
@@ -269,7 +288,7 @@ def test_bad_input_is_refused(refuse: Refuse, case: Case) -> None:
     assert case.hint in hint
 
 
-@pytest.mark.parametrize("case", OPTIONS + EVALUATIONS + TEXTS, ids=lambda case: case.name)
+@pytest.mark.parametrize("case", OPTIONS + STREAMS + EVALUATIONS + TEXTS, ids=lambda case: case.name)
 def test_bad_options_are_refused(refuse: Refuse, case: Case) -> None:
     """Options that cannot work are refused before any work, the ones of later stages too."""
     error, hint = refuse(case.command)

@@ -421,6 +421,7 @@ def test_another_job_starts_anew(place: Place, writers: Writers, capsys: pytest.
     """Shards of another plan are no use: they are removed with a remark."""
     assert writers.run(at="rename model-00004-of-00009.safetensors").killed
     plan = moeprune.plan(moeprune.collect(place.base), place.base, keep=4, strategy="random")
+    capsys.readouterr()
     out = moeprune.apply(place.base, plan, writers.out)
     assert capsys.readouterr().err == (
         f"note: removing what an earlier run left unfinished in {out.with_name('.out.moeprune-partial')}\n"

@@ -558,7 +558,7 @@ def test_an_interrupted_search_gives_the_best_so_far(
     ("options", "message"),
     [
         (["--budget", "evolve"], "--budget evolve scores counts on a text of its own"),
-        (["--selection", "HERE"], "--selection is for a budget that searches"),
+        (["--selection", "HERE"], "--selection is for what searches"),
         (["--device", "cpu"], "--device says how the model runs, and without --selection"),
         (["--budget", "evolve:generations=1.5", "--selection", "HERE"], "must be a whole number, not 1.5"),
     ],

@@ -158,12 +158,13 @@ def test_the_model_is_left_as_it_was(model_of: ModelOf, sequences: list[list[int
 
     model = model_of("qwen3_moe")
     before = model(torch.tensor([sequences[0]])).logits
+    hooks = [(len(module._forward_hooks), len(module._forward_pre_hooks)) for module in model.modules()]
     loss = ResidentSubsetLoss(model, sequences, progressive=True)
     loss(0, range(8))
     loss.settle(0, range(8))
     loss(2, range(8))
     assert torch.equal(model(torch.tensor([sequences[0]])).logits, before)
-    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+    assert hooks == [(len(module._forward_hooks), len(module._forward_pre_hooks)) for module in model.modules()]
 
 
 def test_the_search_finds_the_best_of_all_sets(model_of: ModelOf, sequences: list[list[int]]) -> None:

@@ -40,6 +40,17 @@ class Place(NamedTuple):
     memory: dict[str, int | None]  # by where the states live
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread() -> Iterator[None]:
+    """As in the processes that are started: float sums depend on the number of threads."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="module")
 def place(checkpoint_of: CheckpointOf, tmp_path_factory: pytest.TempPathFactory) -> Place:
     """Five layers, of which one is dense."""

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import math
 import os
 import re
 import subprocess
 import sys
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,12 +18,14 @@ import numpy as np
 import pytest
 
 import moeprune
-from moeprune import cli
+from moeprune import cli, collecting
 from moeprune._files import parse_size
+from moeprune._options import CalibrationOptions
 from moeprune.architectures import ARCHITECTURES
+from moeprune.collectors import resident
 from moeprune.errors import ConfigError
 from moeprune.statistics import STATISTICS, RouterStatistics
-from moeprune.streaming import forecast, naming, weights
+from moeprune.streaming import forecast, naming, skeleton, weights
 from moeprune.streaming.stream import LayerStream, padded
 
 if TYPE_CHECKING:
@@ -568,3 +572,48 @@ def test_a_device_gets_its_weights_through_main_memory(checkpoint_of: Checkpoint
     with pytest.raises(ConfigError, match="passes through memory that takes") as refused:
         forecast.forecast(stream.weights, load, forecast.Limits(host=1 << 20, device=1 << 30))
     assert "--memory" in refused.value.hint
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_the_model_is_gone_when_the_statistics_are_there(
+    stream: bool, checkpoint_of: CheckpointOf, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What follows, such as writing a checkpoint, has all of the memory."""
+    made: list[weakref.ref[Any]] = []
+    open_stream, load_model = collecting.open_stream, resident.load_model
+
+    def remembered(model: Any) -> Any:
+        made.append(weakref.ref(model))
+        return model
+
+    monkeypatch.setattr(collecting, "open_stream", lambda *given: remembered(open_stream(*given)))
+    monkeypatch.setattr(resident, "load_model", lambda *given, **more: remembered(load_model(*given, **more)))
+    checkpoint = moeprune.open_checkpoint(checkpoint_of("qwen3_moe"))
+    settings = CalibrationOptions(sources=(str(data),), stream=stream)
+    with collecting.collected(checkpoint, settings, settings.load(checkpoint)) as statistics:
+        gc.collect()
+        assert [reference() for reference in made] == [None]
+        assert statistics.tokens
+
+
+def test_the_skeleton_is_never_in_memory(checkpoint_of: CheckpointOf, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A parameter may be larger than what there is: it is not even asked for before it is given up."""
+    import torch
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    made: list[int] = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, call: Any, types: Any, arguments: Any = (), options: Any = None) -> Any:
+            result = call(*arguments, **(options or {}))
+            if isinstance(result, torch.Tensor) and not result.is_meta:
+                made.append(result.numel())
+            return result
+
+    checkpoint = moeprune.open_checkpoint(checkpoint_of("qwen3_next"))
+    monkeypatch.setattr(skeleton, "_LARGE", 1000)
+    with Watch():
+        model = skeleton.build_skeleton(checkpoint)
+    assert max(made, default=0) <= 1000 < max(parameter.numel() for parameter in model.parameters())
+    assert all(parameter.is_meta for parameter in model.parameters())
+    assert not any(buffer.is_meta for buffer in model.buffers())

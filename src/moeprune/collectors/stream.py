@@ -121,7 +121,8 @@ def _run_layer(
     states: States,
     observation: Observation,
 ) -> None:
-    observation.loader = None if stream.whole_layers else Loader(read=stream.loader(index), step=stream.chunk)
+    half = max(1, stream.chunk // 2)  # the one is read while the other is still held
+    observation.loader = None if stream.whole_layers else Loader(read=stream.loader(index), step=half)
     with stream.layer(index):
         for number, batch in enumerate(batches):
             state, routes = _parted(states.get(number), carried=observation.more.follows and index > 0)

@@ -157,13 +157,16 @@ def facts_of(experts: nn.Module, more: Iterable[str] = (), loader: Loader | None
     import torch
 
     measures = {name: measure for name in more if (measure := known(name).measure) is not None}
-    rows: dict[str, list[torch.Tensor]] = {}
+    count = int(experts.num_experts)  # type: ignore[arg-type]
+    rows: dict[str, torch.Tensor] = {}
     with torch.no_grad():
-        for _, expert in weights_of(experts, loader):
+        for number, expert in weights_of(experts, loader):
             found = _own_facts(expert) | {name: measure(expert) for name, measure in measures.items()}
             for name, value in found.items():
-                rows.setdefault(name, []).append(value.double())
-    arrays = {name: torch.stack(values).cpu().numpy() for name, values in rows.items()}
+                if name not in rows:  # made at once: small results between large temporary ones would tear the heap
+                    rows[name] = value.new_empty((count, *value.shape), dtype=torch.float64)
+                rows[name][number] = value
+    arrays = {name: values.cpu().numpy() for name, values in rows.items()}
     arrays["weight_numel"] = np.array(sum(matrix.numel() for matrix in expert.matrices))
     return {name: _as_declared(name, array) for name, array in arrays.items()}
 

@@ -21,10 +21,14 @@ from moeprune.experts import expert_layers
 if TYPE_CHECKING:
     import torch
     from torch import nn
+    from torch.overrides import TorchFunctionMode
     from transformers import PreTrainedModel
 
     Inputs = Mapping[str, torch.Tensor]
     State = tuple[torch.Tensor, ...]  # what a decoder layer gives: hidden states [B, S, H], and what few families add
+
+
+_LARGE = 1 << 20  # elements
 
 
 def build_skeleton(checkpoint: Checkpoint, *, dtype: str = "auto", trust_remote_code: bool = False) -> PreTrainedModel:
@@ -50,11 +54,28 @@ def build_skeleton(checkpoint: Checkpoint, *, dtype: str = "auto", trust_remote_
             for part in (config, config.get_text_config()):
                 # A quantised source is dequantised as it is read, into a plain model.
                 vars(part).pop("quantization_config", None)
-            with init_empty_weights(include_buffers=False):
+            with init_empty_weights(include_buffers=False), _large_ones_nowhere():
                 model = AutoModelForCausalLM.from_config(config, dtype=wanted, trust_remote_code=trust_remote_code)
         except (OSError, ValueError, RuntimeError, ImportError) as error:
             raise CheckpointError(f"transformers cannot build {checkpoint.path}: {first_line(error)}") from error
     return cast("PreTrainedModel", model.eval())
+
+
+def _large_ones_nowhere() -> TorchFunctionMode:
+    """Make large uninitialised tensors on the meta device, and not in memory first: there may not be enough for one."""
+    import torch
+    from torch.overrides import TorchFunctionMode
+
+    class Nowhere(TorchFunctionMode):
+        def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            given = dict(kwargs or {})
+            if function is torch.empty and given.get("device") is None:
+                empty = torch.empty(*args, **given | {"device": "meta"})
+                if empty.numel() > _LARGE:
+                    return empty
+            return function(*args, **given)
+
+    return Nowhere()
 
 
 def _dtype_of(config: Any, checkpoint: Checkpoint, name: str) -> torch.dtype:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import functools
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -13,7 +12,7 @@ from moeprune.checkpoint import Checkpoint
 from moeprune.experts import expert_layers, wrapped_experts
 from moeprune.streaming.skeleton import LayerRunner, build_skeleton
 from moeprune.streaming.states import States
-from moeprune.streaming.weights import EMBEDDING, HEAD, Weights
+from moeprune.streaming.weights import EMBEDDING, HEAD, Weights, trim_heap
 
 if TYPE_CHECKING:
     import torch
@@ -107,7 +106,7 @@ class LayerStream:
         here = tuple(tensor.to(self.device, non_blocking=True) for tensor in state)
         after = self._runner.run(index, here, self._here(inputs))
         if self.device.type == "cpu":
-            _trim_heap()
+            trim_heap()
         return after
 
     @contextlib.contextmanager
@@ -127,12 +126,6 @@ class LayerStream:
 
     def _here(self, inputs: Inputs) -> Inputs:
         return {name: value.to(self.device, non_blocking=True) for name, value in inputs.items()}
-
-
-def _trim_heap() -> None:
-    """Give freed memory back to the system, where the C library has a way to."""
-    with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _in_chunks(

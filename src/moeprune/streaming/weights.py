@@ -7,6 +7,7 @@ layer takes over the memory of the last one. Files are read, not mapped: what a 
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import dataclasses
 import math
 import os
@@ -160,6 +161,8 @@ class Weights:
         """Some experts of a layer, by the name of the parameter inside the experts module: ``[experts, ...]`` each."""
         import torch
 
+        if self.device.type == "cpu":
+            trim_heap()  # of the experts before, which have been freed
         chunk: dict[str, torch.Tensor] = {}
         jobs = []
         for piece in self.pieces(layer, experts=True):
@@ -237,6 +240,12 @@ def _with_ends(model: PreTrainedModel, pieces: dict[int, list[Piece]]) -> dict[i
         if piece.parameter == source
     ]
     return pieces | {EMBEDDING: before, HEAD: [piece for piece in outside if piece not in before] + copies}
+
+
+def trim_heap() -> None:
+    """Give freed memory back to the system, where the C library has a way to."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _of_experts(piece: Piece) -> bool:
