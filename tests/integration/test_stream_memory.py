@@ -141,5 +141,4 @@ def test_experts_in_chunks_take_less_than_a_layer(measured: Callable[..., Run]) 
     memory = forecast._LIBRARIES + whole.forecast - whole.layer // 2
     chunks = measured(MANY, memory)
     assert chunks.chunked
-    assert chunks.peak < whole.peak - whole.layer // 3
-    assert chunks.peak < memory
+    assert chunks.peak < 1.15 * chunks.forecast < whole.peak - whole.layer // 3

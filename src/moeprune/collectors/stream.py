@@ -130,6 +130,7 @@ def _run_layer(
                 after = stream.run(index, state, inputs[number])
             states.put(number, (*after, *routes.tensors()) if observation.more.follows else after)
         observation.read_weights(index)
+        stream.trim()
     states.turn()
 
 

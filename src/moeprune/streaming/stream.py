@@ -105,9 +105,13 @@ class LayerStream:
         """One batch through the layer that is in memory."""
         here = tuple(tensor.to(self.device, non_blocking=True) for tensor in state)
         after = self._runner.run(index, here, self._here(inputs))
+        self.trim()
+        return after
+
+    def trim(self) -> None:
+        """Give back what was freed of main memory, where layers run in it: what stays would add up over batches."""
         if self.device.type == "cpu":
             trim_heap()
-        return after
 
     @contextlib.contextmanager
     def head(self) -> Iterator[None]:
