@@ -211,15 +211,20 @@ def test_a_writer_that_is_killed_from_outside_ends_the_same(place: Place, writer
     began = time.perf_counter()
     writers.run()
     whole = time.perf_counter() - began
-    for _ in range(20):
+    for _ in range(100):
+        if kills == 10:
+            break
         shutil.rmtree(writers.out, ignore_errors=True)
+        began = time.perf_counter()
         end, before = writers.run(after=draw.uniform(0, whole)), writers.finished()
         if end.killed and not writers.out.exists():
             kills += 1
             end = writers.run()
             check_end(end, before, place, writers.out)
+        elif not end.killed:  # a busy machine is faster now than when the time was taken
+            whole = min(whole, time.perf_counter() - began)
         assert tree(writers.out) == place.expected
-    assert kills > 5
+    assert kills == 10
 
 
 @pytest.mark.parametrize(
