@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from moeprune._plugins import PlugIn, find_plug_in, published_names
 from moeprune.errors import LayoutError, UnsupportedModelError, nearest
 
 Config = Mapping[str, Any]
@@ -353,21 +354,28 @@ def resolve_architecture(config: Config) -> MoESpec:
 
     Raises:
         UnsupportedModelError: the ``model_type`` is missing or unknown.
+        ConfigError: another package publishes it, and it cannot be used.
     """
     model_type = config.get("model_type")
     if not isinstance(model_type, str):
         raise UnsupportedModelError("config.json has no model_type", "is this a Hugging Face checkpoint folder?")
-    spec = ARCHITECTURES.get(model_type) or _from_entry_points(model_type)
-    if spec is None:
-        raise UnsupportedModelError(f"unknown model_type {model_type!r}", nearest(model_type, ARCHITECTURES))
-    return spec
+    if model_type in ARCHITECTURES:
+        return ARCHITECTURES[model_type]
+    if plug_in := find_plug_in("architecture", model_type):
+        return load_plug_in(plug_in)
+    names = [*ARCHITECTURES, *published_names("architecture")]
+    raise UnsupportedModelError(f"unknown model_type {model_type!r}", nearest(model_type, names))
 
 
-def _from_entry_points(model_type: str) -> MoESpec | None:
-    from importlib.metadata import entry_points
+def load_plug_in(plug_in: PlugIn) -> MoESpec:
+    """A spec that another package publishes.
 
-    for point in entry_points(group="moeprune.architectures", name=model_type):
-        spec = point.load()
-        if isinstance(spec, MoESpec):
-            return spec
-    return None
+    Raises:
+        ConfigError: it cannot be imported, or is no spec of that ``model_type``.
+    """
+    found = plug_in.load()
+    if not isinstance(found, MoESpec):
+        raise plug_in.problem("is no moeprune.MoESpec")
+    if found.model_type != plug_in.name:
+        raise plug_in.problem(f"is of the model_type {found.model_type!r}")
+    return found

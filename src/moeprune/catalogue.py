@@ -11,13 +11,15 @@ import functools
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
+from moeprune._plugins import PlugIn, find_plug_in, published, published_names
 from moeprune.errors import ConfigError, nearest
 
 Point = Literal["experts", "residual", "router", "routes", "weights", "sequences"]
 PATHS = 8  # sequences of each domain that are described on their own, unless another number is asked for
 _OURS_ALONE = {"routes", "sequences"}  # points that other packages cannot name
+_NO_NAMES = {"core", "all", "layer", "num_experts", "seed", "rng", "path_weight"}  # they mean something else
 _NO_SIZES: Mapping[str, int] = MappingProxyType({})
 
 
@@ -130,33 +132,56 @@ BUILTIN: Mapping[str, Statistic] = {**STATISTICS, **MORE, **ROWS, **FACTS}
 
 
 def find(name: str) -> Statistic | None:
-    """The statistic of that name, built in or published by another package; None where there is none."""
+    """The statistic of that name, built in or published by another package; None where there is none.
+
+    Raises:
+        ConfigError: another package publishes it, and it cannot be used.
+    """
     return BUILTIN.get(name) or _published(name)
 
 
 @functools.cache
 def _published(name: str) -> Statistic | None:
-    from importlib.metadata import entry_points
-
-    for point in entry_points(group="moeprune.statistics", name=name):
-        loaded = point.load()
-        if not isinstance(loaded, Statistic) or loaded.measure is None or loaded.point in _OURS_ALONE:
-            raise ConfigError(
-                f"the statistic {name!r} that {point.value} publishes cannot be measured",
-                "it must be a moeprune.statistics.Statistic with a point of its own and a function `measure`",
-            )
-        if not name.isidentifier():
-            raise ConfigError(
-                f"the statistic {name!r} that {point.value} publishes has no name that strategies can use"
-            )
-        return loaded
-    return None
+    plug_in = find_plug_in("statistic", name)
+    return load_plug_in(plug_in) if plug_in else None
 
 
-def _published_names() -> set[str]:
-    from importlib.metadata import entry_points
+def load_plug_in(plug_in: PlugIn) -> Statistic:
+    """A statistic that another package publishes.
 
-    return {point.name for point in entry_points(group="moeprune.statistics")} - BUILTIN.keys()
+    Raises:
+        ConfigError: it cannot be imported, or cannot be measured and stored.
+    """
+    found = plug_in.load()
+    if not isinstance(found, Statistic):
+        raise plug_in.problem("is no moeprune.Statistic")
+    name, points = plug_in.name, {*get_args(Point)} - _OURS_ALONE
+    problems = {
+        "has no name that strategies and files can use": not name.isidentifier()
+        or name.startswith("_")
+        or name in _NO_NAMES,
+        "has no function `measure`": found.measure is None,
+        f"has the point {found.point!r}, where {', '.join(sorted(points))} are offered": found.point not in points,
+        f"has the axes {found.axes!r}, where E, H and I are offered": not {*found.axes} <= {*"EHI"},
+        "is of weights and its first axis is not E": found.point == "weights" and not found.axes.startswith("E"),
+        f"merges by {found.merge!r}, where sum and max are offered": found.merge not in {"sum", "max"},
+    }
+    for what, wrong in problems.items():
+        if wrong:
+            raise plug_in.problem(what)
+    return found
+
+
+def origin(names: Iterable[str]) -> dict[str, dict[str, str]]:
+    """What a file says of those of its statistics that are not built in: ``plug_ins``, their packages by name."""
+    foreign = set(names) - BUILTIN.keys()
+    found = {one.name: one.package for one in published("statistic") if one.name in foreign} if foreign else {}
+    return {"plug_ins": found} if found else {}
+
+
+def known_names() -> list[str]:
+    """Names of all statistics, built in or published by another package."""
+    return [*BUILTIN, *(name for name in published_names("statistic") if name not in BUILTIN)]
 
 
 def requested(names: Iterable[str]) -> tuple[str, ...]:
@@ -169,16 +194,17 @@ def requested(names: Iterable[str]) -> tuple[str, ...]:
         Names in the order that files have.
 
     Raises:
-        ConfigError: there is no such statistic.
+        ConfigError: there is no such statistic, or another package publishes it and it cannot be used.
     """
     wanted: set[str] = set()
     for name in names:
         if name == "all":
-            wanted |= BUILTIN.keys() | _published_names()
+            wanted.update(known_names())
         elif name != "core":
-            if find(name) is None:
-                raise ConfigError(f"there is no statistic {name!r}", nearest(name, [*BUILTIN, *_published_names()]))
             wanted |= ROWS.keys() if name in ROWS else {name}
+    for name in sorted(wanted):
+        if find(name) is None:
+            raise ConfigError(f"there is no statistic {name!r}", nearest(name, known_names()))
     return in_order(wanted - STATISTICS.keys() - FACTS.keys())
 
 

@@ -21,7 +21,7 @@ from moeprune.plans import Budget, LayerPlan, MtpPolicy, PruningPlan
 from moeprune.rewrite.drop import check_plan, keep_lists, output_tensors
 from moeprune.rewrite.non_uniform import MODELING, check_possible
 from moeprune.stability import LEAST, RELIABLE, Stability, split_half
-from moeprune.statistics import FloatArray, RouterStatistics, domain_weights
+from moeprune.statistics import RARE, FloatArray, RouterStatistics, domain_weights
 from moeprune.strategies import DEFAULT, Criterion, GlobalCriterion, Strategy, resolve
 from moeprune.strategies.allocate import UNIFORM, Allocation
 from moeprune.strategies.domains import maxmin_weights, top_of_each
@@ -34,7 +34,6 @@ if TYPE_CHECKING:
     from moeprune.evaluation.evaluator import Evaluator
     from moeprune.evaluation.reconstruction import SubsetLoss
 
-RARE = 20  # an expert seen by fewer tokens than this has a score made of noise
 SHORT = 10 * RARE  # fewer tokens than this for the average expert leave many rare ones
 Protected = Mapping[int, Set[int]]
 Blend = Literal["sum", "maxmin"]
@@ -126,7 +125,7 @@ def make_plan(
     selected, searched = _searched(checkpoint, selected, chosen, protected, subset_loss)
     stability = split_half(statistics, choose, selected) if chosen.calibrated and not searched else None
     layers = {layer: LayerPlan(keep=one.keep, scores=one.scores) for layer, one in selected.items()}
-    layers, balance = _rearranged(checkpoint, statistics, layers, wanted)
+    layers, balance = rearranged(checkpoint, statistics, layers, wanted)
     if wanted.mtp == "cut":
         layers |= _follow_last(checkpoint, layers)
     notes = [*stability_warnings(statistics, stability), *shares.notes, *_notes(checkpoint, statistics, wanted)]
@@ -142,7 +141,7 @@ def make_plan(
         strategy=_describe(chosen)
         | {"protected": {str(layer): sorted(who) for layer, who in sorted(protected.items())}}
         | searched,
-        coverage=_coverage(statistics, layers),
+        coverage=coverage(statistics, layers),
         stability=stability.to_dict() if stability else {},
         notes=notes,
         balance=balance,
@@ -402,7 +401,7 @@ def _select(layer: int, values: FloatArray, kept: int, *, n_group: int, protecte
         raise PlanError(f"layer {layer}: {error.message}", error.hint) from error
 
 
-def _rearranged(
+def rearranged(
     checkpoint: Checkpoint, statistics: RouterStatistics, layers: Mapping[int, LayerPlan], wanted: Decisions
 ) -> tuple[dict[int, LayerPlan], dict[str, Any]]:
     """The layers in an order that balances expert-parallel groups, and how well it does."""
@@ -535,10 +534,11 @@ def _calibration_input(statistics: RouterStatistics) -> dict[str, str]:
 
 def _describe(strategy: Strategy) -> dict[str, Any]:
     described = {"name": strategy.name, "what": strategy.summary}
-    return described | ({"paper": f"arXiv:{strategy.paper}"} if strategy.paper else {})
+    described |= {"paper": f"arXiv:{strategy.paper}"} if strategy.paper else {}
+    return described | ({"package": strategy.package} if strategy.package else {})
 
 
-def _coverage(statistics: RouterStatistics, layers: Mapping[int, LayerPlan]) -> dict[str, float]:
+def coverage(statistics: RouterStatistics, layers: Mapping[int, LayerPlan]) -> dict[str, float]:
     """Share of the gated output norm that the kept experts carried, by domain, mean over layers."""
     shares = []
     for layer, decision in layers.items():

@@ -20,18 +20,28 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
 
 from moeprune._files import PathLike, check_schema, envelope, parse_json, safetensors_header, write_atomic
-from moeprune.catalogue import BUILTIN, FACTS, STATISTICS, Statistic, find, in_order
-from moeprune.errors import ArtifactError, ConfigError, MoePruneError, StaleArtifactError, StrategyError, nearest
+from moeprune.catalogue import FACTS, STATISTICS, Statistic, find, in_order, known_names
+from moeprune.errors import (
+    ArtifactError,
+    ConfigError,
+    MoePruneError,
+    StaleArtifactError,
+    StrategyError,
+    first_line,
+    nearest,
+)
+from moeprune.headers import TensorEntry, read_header
 
 __all__ = ["STATISTICS", "LayerArrays", "LayerStatistics", "RouterStatistics", "Statistic", "merge_statistics"]
 
 SCHEMA = "moeprune.statistics/1"
+RARE = 20  # an expert seen by fewer tokens than this has a score made of noise
 FloatArray = NDArray[np.float64]
 AnyArray = NDArray[Any]
 
@@ -81,16 +91,17 @@ class LayerStatistics:
             raise AttributeError(name)
         statistic = find(name)
         if statistic is None:
-            raise StrategyError(f"there is no statistic {name!r}", nearest(name, BUILTIN))
+            raise StrategyError(f"there is no statistic {name!r}", nearest(name, known_names()))
         if name not in self._values or (self._empty and statistic.by_domain):
-            raise StrategyError(f"the statistics file has no {name!r} for layer {self.layer}", self._how_to_get(name))
+            hint = self._how_to_get(name, statistic)
+            raise StrategyError(f"the statistics file has no {name!r} for layer {self.layer}", hint)
         values = np.asarray(self._values[name])
         return values if statistic.integer and not statistic.by_domain else values.astype(np.float64, copy=False)
 
-    def _how_to_get(self, name: str) -> str:
+    def _how_to_get(self, name: str, statistic: Statistic) -> str:
         if name in FACTS:
             return "collect again: it is read from the model's weights"
-        if name in STATISTICS or self._empty:
+        if name in STATISTICS or (self._empty and statistic.point != "weights"):
             return "collect again with calibration data (--calibration)"
         return f"collect again with --statistics {name}"
 
@@ -327,14 +338,11 @@ class RouterStatistics:
             ArtifactError: it is missing, damaged, of another schema, or an array has the wrong shape or type. An array
                 that holds numbers that are not finite raises it when it is read.
         """
-        from safetensors import SafetensorError, safe_open
-
         try:
-            file: Any = safe_open(path, framework="numpy")
-            metadata = dict(file.metadata() or {})
-        except (OSError, SafetensorError) as error:
+            file, metadata = _open(Path(path))
+        except (OSError, MoePruneError) as error:
             hint = "check the path, or make it with `moeprune collect`"
-            raise ArtifactError(f"cannot read statistics {path}: {error}", hint) from error
+            raise ArtifactError(f"cannot read statistics {path}: {first_line(error)}", hint) from error
         check_schema(metadata, SCHEMA, path)
         read = functools.partial(_decode, metadata, path)
         domains, num_experts, inputs = tuple(read("domains", list)), read("num_experts", int), read("inputs", dict)
@@ -343,13 +351,15 @@ class RouterStatistics:
         sizes = read("sizes", dict) if "sizes" in metadata else {}
         if not all(type(size) is int and size > 0 for size in sizes.values()):
             raise ArtifactError(f"{path}: the sizes in its header are no whole numbers above 0")
+        command = read("command", dict)
+        _check_published(file, command, path)
         parts = _stored_layers(file, len(domains), {"E": num_experts, **sizes}, path)
         return cls(
             domains=domains,
             num_experts=num_experts,
             top_k=read("top_k", int),
             layers=parts["layers"],
-            command=read("command", dict),
+            command=command,
             inputs=inputs,
             provenance=tuple(read("provenance", list)),
             first_half=parts["first_half"],
@@ -606,18 +616,77 @@ def _on_disk(name: str, array: AnyArray) -> AnyArray:
     return np.ascontiguousarray(array, dtype="<i8" if known(name).integer else "<f8")
 
 
+_DTYPES = {"I64": np.dtype("<i8"), "F64": np.dtype("<f8")}
 _PARTS = ("layers", "first_half", "weights", "sequences")
 
 
+def _check_published(file: _File, command: Mapping[str, Any], path: PathLike) -> None:
+    """Refuse a file that was made with packages that are not there, by their names."""
+    packages = dict(_packages(command))
+    for key in file.entries:
+        name = key.rpartition(".")[2]
+        if name in packages and find(name) is None:
+            raise ArtifactError(
+                f"{path} holds {name!r}, a statistic of {packages[name]}, which is not installed",
+                "install that package to read the file",
+            )
+
+
+def _packages(command: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """Statistics that other packages measured, each with its package."""
+    parts = command.get("of")
+    for one in [command, *(parts if isinstance(parts, list) else [])]:
+        found = one.get("plug_ins") if isinstance(one, dict) else None
+        yield from found.items() if isinstance(found, dict) else ()
+
+
+def _open(path: Path) -> tuple[_File, dict[str, str]]:
+    """An opened statistics file and the strings of its header."""
+    handle = path.open("rb")
+    try:
+        entries, metadata = read_header(path)
+    except BaseException:
+        handle.close()
+        raise
+    return _File(handle, {entry.name: entry for entry in entries}), metadata
+
+
+class _File:
+    """An open safetensors file of 8-byte numbers, read array by array.
+
+    Not mapped into memory: what was read of a file of gigabytes would stay there, and count as the process's own.
+    """
+
+    def __init__(self, handle: BinaryIO, entries: Mapping[str, TensorEntry]) -> None:
+        self._handle, self.entries = handle, entries
+
+    def __del__(self) -> None:
+        """Close the file with the last array that could be read from it."""
+        self._handle.close()
+
+    def array(self, key: str) -> AnyArray:
+        """A new array, as it is stored.
+
+        Raises:
+            ArtifactError: the file is shorter than it was.
+        """
+        entry = self.entries[key]
+        self._handle.seek(entry.begin)
+        array = np.fromfile(self._handle, dtype=_DTYPES[entry.dtype], count=entry.numel)
+        if array.size != entry.numel:
+            raise ArtifactError(f"{entry.file} was cut short while it was read", "collect again")
+        return array.reshape(entry.shape)
+
+
 def _stored_layers(
-    file: Any, domains: int, sizes: Mapping[str, int], path: PathLike
+    file: _File, domains: int, sizes: Mapping[str, int], path: PathLike
 ) -> dict[str, dict[int, Mapping[str, AnyArray]]]:
     """The layers by part of a file whose header says what it should."""
     names: dict[tuple[str, int], list[str]] = {}
-    for key in file.keys():  # noqa: SIM118 - not a mapping
+    for key, stored in file.entries.items():
         part, layer, name = _read_key(key, path)
-        stored, statistic = file.get_slice(key), known(name)
-        free = {"S": stored.get_shape()[0]} if stored.get_shape() else {}
+        statistic = known(name)
+        free = {"S": stored.shape[0]} if stored.shape else {}
         try:
             expected = statistic.shape(sizes["E"], {**sizes, **free})
         except KeyError as error:
@@ -657,16 +726,15 @@ def _check_parts(parts: Mapping[str, Mapping[int, Mapping[str, AnyArray]]], path
             raise ArtifactError(f"{path} holds {part} of layer {odd[0]} and none of its sums")
 
 
-def _check_stored(stored: Any, key: str, expected: tuple[int, ...], *, integer: bool, path: PathLike) -> None:
-    shape, dtype = tuple(stored.get_shape()), stored.get_dtype()
-    if shape != expected:
-        raise ArtifactError(f"{path}: {key!r} should be of shape {expected}, it is {shape}")
-    if dtype != ("I64" if integer else "F64"):
-        raise ArtifactError(f"{path}: {key!r} should not be of type {dtype}")
+def _check_stored(stored: TensorEntry, key: str, expected: tuple[int, ...], *, integer: bool, path: PathLike) -> None:
+    if stored.shape != expected:
+        raise ArtifactError(f"{path}: {key!r} should be of shape {expected}, it is {stored.shape}")
+    if stored.dtype != ("I64" if integer else "F64"):
+        raise ArtifactError(f"{path}: {key!r} should not be of type {stored.dtype}")
 
 
-def _read(file: Any, path: PathLike, prefix: str, name: str) -> AnyArray:
-    array: AnyArray = file.get_tensor(f"{prefix}.{name}")
+def _read(file: _File, path: PathLike, prefix: str, name: str) -> AnyArray:
+    array = file.array(f"{prefix}.{name}")
     if not np.isfinite(array).all():
         raise ArtifactError(f"{path}: {f'{prefix}.{name}'!r} holds numbers that are not finite")
     array.flags.writeable = False  # what is written into it would be lost

@@ -16,6 +16,7 @@ from moeprune.errors import ConfigError, StrategyError
 from moeprune.evaluation.evaluator import KeepLists, PlanScore, ResidentEvaluator
 from moeprune.planner import Decisions
 from moeprune.plans import Budget
+from moeprune.strategies.rearrange import imbalance
 
 CheckpointOf = Callable[..., Path]
 ModelOf = Callable[..., Any]
@@ -66,6 +67,8 @@ def test_the_choice_predicts_at_least_as_well_as_every_candidate(
     assert plan.strategy["chosen"]["kl"] == pytest.approx(chosen, rel=1e-4)
     assert {name: trial["kl"] for name, trial in plan.strategy["candidates"].items()} == pytest.approx(found, rel=1e-4)
     assert plan.inputs["selection"]
+    assert plan.coverage
+    assert all(0 < share < 1 for share in plan.coverage.values())
     written = moeprune.apply(folder, moeprune.PruningPlan.load(tmp_path / "plan.json"), tmp_path / "out")
     assert moeprune.verify(folder, written).tensors
 
@@ -79,6 +82,28 @@ def test_prune_chooses_in_one_go(checkpoint_of: CheckpointOf, ids_file: Path, se
     assert result.plan.layers[depth + 1].keep == result.plan.layers[depth].keep
     assert result.plan.layers[depth + 1].copied_from == depth
     assert result.plan.strategy["finished"] is True
+    assert {"easy-ep", "seer"} <= result.plan.strategy["candidates"].keys()
+
+
+def test_a_mix_is_rearranged_like_any_plan(
+    checkpoint_of: CheckpointOf, ids_file: Path, selection: Path, tmp_path: Path
+) -> None:
+    """Expert-parallel groups are balanced over the experts that the mix keeps, MTP layers included."""
+    folder = checkpoint_of("glm4_moe")
+    statistics = moeprune.collect(folder, tmp_path / "s.st", calibration=str(ids_file))
+    options: dict[str, Any] = {"ratio": 0.5, "strategy": "auto", "selection": str(selection)}
+    plain = moeprune.plan(statistics, folder, **options)
+    spread = moeprune.plan(statistics, folder, rearrange=2, **options)
+    assert {layer: one.keep for layer, one in spread.layers.items()} == {
+        layer: one.keep for layer, one in plain.layers.items()
+    }
+    for layer, decision in spread.layers.items():
+        order = decision.order or decision.keep
+        assert sorted(order) == list(decision.keep)
+        load = statistics.layer(decision.copied_from or layer).count
+        assert imbalance(load, order, 2) <= imbalance(load, decision.keep, 2)
+    assert spread.balance["groups"] == 2
+    assert any(decision.order for decision in spread.layers.values())
 
 
 def test_calibration_text_is_no_selection_text(checkpoint_of: CheckpointOf, ids_file: Path, tmp_path: Path) -> None:
@@ -98,7 +123,7 @@ def test_calibration_text_is_no_selection_text(checkpoint_of: CheckpointOf, ids_
     ("options", "message"),
     [
         ({"strategy": "auto"}, "--strategy auto scores plans on a text of its own"),
-        ({"strategy": "auto", "rearrange": 2, "selection": "yes"}, "cannot be combined"),
+        ({"strategy": "auto", "allow_non_uniform": True, "budget": "laep", "selection": "yes"}, "cannot be combined"),
         ({"strategy": "auto", "budget": "evolve", "selection": "yes"}, "both search"),
         ({"strategy": "reap", "selection": "yes"}, "for what searches"),
     ],

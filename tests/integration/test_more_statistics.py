@@ -13,7 +13,8 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import numpy as np
 import pytest
@@ -27,7 +28,7 @@ from moeprune.architectures import ARCHITECTURES
 from moeprune.catalogue import FACTS, MORE, ROWS, STATISTICS, requested
 from moeprune.cli import run
 from moeprune.collectors.weights import Loader, facts_of, sizes_of, step_of
-from moeprune.errors import ArtifactError, ConfigError, StrategyError, UnsupportedModelError
+from moeprune.errors import ArtifactError, ConfigError, MoePruneError, StrategyError, UnsupportedModelError
 from moeprune.experts import expert_layers
 from moeprune.statistics import Statistic, added
 
@@ -551,13 +552,13 @@ def published(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, object]]:
     class Point:
         name: str
         value: str = "package.module:thing"
+        dist: ClassVar[SimpleNamespace] = SimpleNamespace(name="package", version="1.0")
 
         def load(self) -> object:
             return objects[self.name]
 
-    def entry_points(*, group: str, name: str = "") -> list[Point]:
-        assert group == "moeprune.statistics"
-        return [Point(known) for known in objects if not name or known == name]
+    def entry_points(*, group: str) -> list[Point]:
+        return [Point(name) for name in objects] if group == "moeprune.statistics" else []
 
     monkeypatch.setattr(importlib.metadata, "entry_points", entry_points)
     catalogue._published.cache_clear()
@@ -619,27 +620,36 @@ def test_a_file_needs_the_package_that_publishes_its_statistics(
     observation.save(tmp_path / "s")
     published.clear()
     catalogue._published.cache_clear()
-    with pytest.raises(ArtifactError, match=r"unknown statistic '\w+\.\d\.gate_cubed' .*another plug-in"):
+    with pytest.raises(ArtifactError, match=r"holds 'gate_cubed', a statistic of package 1.0, which is not installed"):
         moeprune.RouterStatistics.load(tmp_path / "s")
     with pytest.raises(ConfigError, match="there is no statistic 'gate_cubed'"):
         requested(["gate_cubed"])
 
 
 @pytest.mark.parametrize(
-    "wrong",
+    ("name", "wrong", "why"),
     [
-        cubed,
-        Statistic(axes="E", meaning="nothing measures it"),
-        Statistic(axes="SE", meaning="rows", point="sequences", measure=cubed),
+        ("broken", cubed, "is no moeprune.Statistic"),
+        ("broken", Statistic(axes="E", meaning=""), "has no function `measure`"),
+        ("broken", Statistic(axes="E", meaning="", point="routes", measure=cubed), "has the point 'routes', where"),
+        ("broken", Statistic(axes="SE", meaning="", measure=cubed), "has the axes 'SE', where E, H and I are offered"),
+        (
+            "broken",
+            Statistic(axes="H", meaning="", point="weights", measure=cubed),
+            "is of weights and its first axis is not E",
+        ),
+        ("broken", Statistic(axes="E", meaning="", merge=cast("Any", "mean"), measure=cubed), "merges by 'mean'"),
+        ("not-a-name", PLUGINS["gate_cubed"], "has no name that strategies and files can use"),
+        ("_hidden", PLUGINS["gate_cubed"], "has no name that strategies and files can use"),
+        ("seed", PLUGINS["gate_cubed"], "has no name that strategies and files can use"),
     ],
-    ids=["function", "no measure", "rows"],
 )
-def test_what_cannot_be_measured_is_refused(wrong: object, published: dict[str, object]) -> None:
-    """An entry point must give a statistic with a function and a point of its own, under a name that files can hold."""
-    published |= {"broken": wrong, "not-a-name": PLUGINS["gate_cubed"]}
-    for name, why in (("broken", "cannot be measured"), ("not-a-name", "has no name that strategies can use")):
-        with pytest.raises(ConfigError, match=rf"'{name}' that package.module:thing publishes {why}"):
-            requested([name])
+def test_what_cannot_be_measured_is_refused(name: str, wrong: object, why: str, published: dict[str, object]) -> None:
+    """An entry point must give a statistic that can be measured, stored and merged, under a name that can be read."""
+    published[name] = wrong
+    for names in ([name], ["all"]):
+        with pytest.raises(ConfigError, match=rf"'{name}' of package 1.0 {why}.*\(.*package.module:thing: repair"):
+            requested(names)
 
 
 def test_arrays_of_another_shape_are_refused(published: dict[str, object], model_of: ModelOf) -> None:
@@ -654,6 +664,21 @@ def test_arrays_of_another_shape_are_refused(published: dict[str, object], model
         torch.no_grad(),
     ):
         model(**batch_of("none"))
+
+
+def test_numbers_that_are_not_finite_are_refused(published: dict[str, object], model_of: ModelOf) -> None:
+    """They would make a file that nobody can read, after hours."""
+    import torch
+
+    published["broken"] = Statistic(axes="E", meaning="log of 0", measure=lambda slots: slots.gates_TE.sum(dim=0).log())
+    model = model_of("qwen3_moe")
+    with (
+        moeprune.observe(model, statistics=("broken",)) as observation,
+        torch.no_grad(),
+    ):
+        model(input_ids=torch.tensor([[1, 2]]))
+    with pytest.raises(MoePruneError, match="'broken' gave numbers that are not finite"):
+        observation.result()
 
 
 # --- what is asked for ------------------------------------------------------------------------------------------------

@@ -21,7 +21,7 @@ from moeprune.architectures import (
     read_count,
     resolve_architecture,
 )
-from moeprune.errors import LayoutError, UnsupportedModelError
+from moeprune.errors import ConfigError, LayoutError, UnsupportedModelError
 
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 ATTENTION = [f"self_attn.{name}" for name in ("q_proj", "k_proj", "v_proj", "o_proj", "q_norm", "k_norm")]
@@ -351,12 +351,13 @@ def test_a_config_without_model_type_is_refused(config: Config) -> None:
 
 
 def test_another_package_can_add_an_architecture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """An installed entry point is found by its model type; one that is not a MoESpec is passed over."""
+    """An installed entry point is found by its model type; one that is no spec of that type is refused."""
     info = tmp_path / "plug-1.0.dist-info"
     info.mkdir()
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: plug\nVersion: 1.0\n")
     (info / "entry_points.txt").write_text(
-        "[moeprune.architectures]\nnew_moe = moeprune_plug:SPEC\nodd_moe = moeprune_plug:ODD\n"
+        "[moeprune.architectures]\n"
+        "new_moe = moeprune_plug:SPEC\nother_moe = moeprune_plug:SPEC\nodd_moe = moeprune_plug:ODD\n"
     )
     (tmp_path / "moeprune_plug.py").write_text(
         "from moeprune.architectures import MoESpec\n"
@@ -367,8 +368,11 @@ def test_another_package_can_add_an_architecture(tmp_path: Path, monkeypatch: py
     spec = resolve_architecture({"model_type": "new_moe"})
     assert isinstance(spec, MoESpec)
     assert spec.role("model.layers.0.mlp.router.weight", 2) == RouterName(layer=0, part="mlp.router.weight", axis=0)
-    with pytest.raises(UnsupportedModelError, match="unknown model_type 'odd_moe'"):
-        resolve_architecture({"model_type": "odd_moe"})
+    for name, why in (("odd_moe", "is no moeprune.MoESpec"), ("other_moe", "is of the model_type 'new_moe'")):
+        with pytest.raises(ConfigError, match=f"the architecture '{name}' of plug 1.0 {why}"):
+            resolve_architecture({"model_type": name})
+    with pytest.raises(UnsupportedModelError, match="did you mean 'new_moe'"):
+        resolve_architecture({"model_type": "new_mo"})
 
 
 def test_the_example_in_the_documentation_works() -> None:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import itertools
 from collections.abc import Mapping, Sequence
 
+import numpy as np
 import pytest
 
-from moeprune.strategies.auto import Choice, Keeps, Rules, Trial, search
+from moeprune.errors import StrategyError
+from moeprune.strategies.auto import Choice, Keeps, Rules, Trial, divergence, search
 
 EXPERTS, KEPT = 6, 3
 BEST = {0: (0, 1, 2), 1: (3, 4, 5)}  # what the score likes most
@@ -96,3 +98,23 @@ def test_the_table_has_the_best_first() -> None:
     assert list(said["candidates"]) == ["first", "third", "second"]
     assert said["chosen"]["kl"] == 0
     assert said["finished"] is True
+
+
+def test_domains_count_by_relative_change() -> None:
+    """Halving the divergence of one domain is worth as much as halving that of another a hundred times as large."""
+    kl_N, tokens_N, labels = np.array([1.0, 3.0, 400.0]), np.array([10.0, 10.0, 20.0]), ["drills", "drills", "prose"]
+    whole = divergence(kl_N, tokens_N, labels)
+    assert whole == pytest.approx((0.2 * 20) ** 0.5)
+    assert divergence(kl_N * [0.5, 0.5, 1], tokens_N, labels) == pytest.approx(whole / 2**0.5)
+    assert divergence(kl_N * [1, 1, 0.5], tokens_N, labels) == pytest.approx(whole / 2**0.5)
+    assert divergence(kl_N, tokens_N, ["all"] * 3) == pytest.approx(404 / 40)
+
+
+def test_weights_of_domains_are_exponents() -> None:
+    """A domain of weight 0 is left out, and one without tokens says nothing."""
+    kl_N, tokens_N, labels = np.array([1.0, 8.0, 0.0]), np.array([10.0, 10.0, 0.0]), ["code", "prose", "empty"]
+    assert divergence(kl_N, tokens_N, labels, {"code": 0}) == pytest.approx(0.8)
+    assert divergence(kl_N, tokens_N, labels, {"code": 2}) == pytest.approx((0.1**2 * 0.8) ** (1 / 3))
+    assert divergence(np.zeros(2), np.ones(2), ["a", "b"]) > 0
+    with pytest.raises(StrategyError, match="weight 0"):
+        divergence(kl_N, tokens_N, labels, {"code": 0, "prose": 0})

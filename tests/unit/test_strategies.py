@@ -299,7 +299,7 @@ def test_the_default_is_a_builtin() -> None:
     ("name", "why"),
     [
         ("repa", "unknown strategy 'repa' .*did you mean 'reap'"),
-        ("zzz", "unknown strategy 'zzz' .*known: aimer, ean"),
+        ("zzz", "unknown strategy 'zzz' .*known: aimer, auto, ean"),
         ("S(1,1)", "unknown strategy"),
         ("S(1.2.3,1,1)", "unknown strategy"),
         ("S(-1,1,1)", "unknown strategy"),

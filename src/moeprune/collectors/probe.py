@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from moeprune._files import PathLike
-from moeprune.catalogue import PATHS, requested
+from moeprune.catalogue import PATHS, origin, requested
 from moeprune.checkpoint import Checkpoint, open_checkpoint
 from moeprune.collectors.more import CORE, More, Request
 from moeprune.collectors.routes import Routes
@@ -338,13 +338,14 @@ class Observation:
         **more: Any,
     ) -> RouterStatistics:
         """Statistics of this model from sums by decoder layer, its own or those of several processes together."""
-        some = next(iter(layers.values())).total
+        first = next(iter(layers.values()))
+        some = first.total
         return RouterStatistics.of_layers(
             layers,
             domains=tuple(self._domains),
             num_experts=some["count"].shape[-1],
             top_k=int(some["count"].sum() // max(1, some["tokens"].sum())),
-            command=command or {"stage": "observe"},
+            command=command or {"stage": "observe"} | origin((*first.total, *first.facts)),
             inputs={"model": self._fingerprint} | dict(inputs or {}),
             **more,
         )

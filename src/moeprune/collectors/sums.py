@@ -123,7 +123,7 @@ class LayerSums:
         """The sums as numpy arrays by statistic name.
 
         Raises:
-            MoePruneError: the counts do not add up to tokens x top-k.
+            MoePruneError: the counts do not add up to tokens x top-k, or a sum is not finite.
         """
         count = self.num_experts
         columns = self._columns.cpu().numpy()
@@ -141,6 +141,14 @@ class LayerSums:
             "gram": square(self._pairs[1]),
         } | {name: values[:count] for name, values in zip(_COLUMNS, columns, strict=True)}
         arrays |= {name: total.cpu().numpy() for name, total in self._more.items()}
+        self._check(arrays)
+        return arrays
+
+    def _check(self, arrays: Mapping[str, AnyArray]) -> None:
+        for name in self._more:
+            if not np.isfinite(arrays[name]).all():
+                hint = "leave it out of --statistics"
+                raise MoePruneError(f"the statistic {name!r} gave numbers that are not finite", hint)
         if (
             arrays["count"].sum() != self.tokens * self.top_k
             or (arrays["count"] != arrays["pair_count"].diagonal()).any()
@@ -149,7 +157,6 @@ class LayerSums:
                 f"counts add up to {arrays['count'].sum()}, not to {self.tokens} tokens x top-{self.top_k}",
                 "this is a defect of moeprune or of the model's code: please report it",
             )
-        return arrays
 
 
 def _reduce(outputs_TKH: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -7,6 +7,7 @@ publish one under the entry-point group ``moeprune.strategies``; the names below
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,6 +15,8 @@ from typing import Literal
 
 import numpy as np
 
+from moeprune._plugins import PlugIn, find_plug_in, published_names
+from moeprune.catalogue import find
 from moeprune.errors import StrategyError, nearest
 from moeprune.statistics import FloatArray, LayerStatistics
 from moeprune.strategies.criterion import Criterion, GlobalCriterion, Layers
@@ -46,6 +49,7 @@ class Strategy:
         cost: what collecting them takes, for people.
         search: where the criterion only says what to start from: whether the losses by which sets of experts are
             compared are measured on what the original's layers give each other, or those that were pruned before.
+        package: name and version of the package that publishes it; empty for what is built in.
     """
 
     name: str
@@ -56,6 +60,7 @@ class Strategy:
     needs: tuple[str, ...] = ()
     cost: str = COLLECTING
     search: Search = ""
+    package: str = ""
 
     @property
     def across_layers(self) -> bool:
@@ -97,6 +102,7 @@ class Strategy:
 
 
 _FAMILY = "2606.15716"
+_FAMILY_MEMBER = re.compile(r"[sS]\(\s*(\d+(?:\.\d+)?)\s*,\s*(\d)\s*,\s*(\d)\s*\)")
 
 
 def _member(name: str, saliency: Saliency, summary: str = "", paper: str = _FAMILY) -> Strategy:
@@ -228,6 +234,7 @@ AUTO = Strategy(
     name="auto",
     criterion=_no_formula,
     summary="the strategies' plan closest to the original on selection text, mixed layer by layer",
+    needs=("soft_prob_sum", "easy_ep_sum"),  # so that all candidates are there that cost no more than one number
     cost="a pass over the selection text for every plan that is tried",
 )
 
@@ -243,6 +250,7 @@ def resolve(strategy: str | Criterion | GlobalCriterion | Strategy) -> Strategy:
 
     Raises:
         StrategyError: the name is unknown.
+        ConfigError: another package publishes it, and it cannot be used.
     """
     if isinstance(strategy, Strategy):
         return strategy
@@ -252,16 +260,34 @@ def resolve(strategy: str | Criterion | GlobalCriterion | Strategy) -> Strategy:
         return Strategy(name=getattr(strategy, "__name__", type(strategy).__name__), criterion=strategy)
     if strategy in (named := {**BUILTIN, AUTO.name: AUTO}):
         return named[strategy]
-    member = re.fullmatch(r"[sS]\(\s*(\d+(?:\.\d+)?)\s*,\s*(\d)\s*,\s*(\d)\s*\)", strategy)
-    if member:
+    if member := _FAMILY_MEMBER.fullmatch(strategy):
         return _member(strategy, Saliency(float(member[1]), int(member[2]), int(member[3])))
-    return _from_entry_points(strategy)
+    if plug_in := find_plug_in("strategy", strategy):
+        return load_plug_in(plug_in)
+    raise StrategyError(
+        f"unknown strategy {strategy!r}", nearest(strategy, [*BUILTIN, AUTO.name, *published_names("strategy")])
+    )
 
 
-def _from_entry_points(name: str) -> Strategy:
-    from importlib.metadata import entry_points
+def is_built_in(name: str) -> bool:
+    """Whether a name is ours, so that no other package can give it a meaning."""
+    return name in BUILTIN or name == AUTO.name or bool(_FAMILY_MEMBER.fullmatch(name))
 
-    for point in entry_points(group="moeprune.strategies", name=name):
-        loaded = point.load()
-        return loaded if isinstance(loaded, Strategy) else Strategy(name=name, criterion=loaded)
-    raise StrategyError(f"unknown strategy {name!r}", nearest(name, BUILTIN))
+
+def load_plug_in(plug_in: PlugIn) -> Strategy:
+    """A strategy that another package publishes, as a :class:`Strategy` or as a criterion.
+
+    Raises:
+        ConfigError: it cannot be imported, is neither, or needs a statistic that nobody publishes.
+    """
+    found = plug_in.load()
+    if not isinstance(found, Strategy):
+        if not callable(found):
+            raise plug_in.problem("is neither a moeprune.Strategy nor a function")
+        found = Strategy(name=plug_in.name, criterion=found)
+    if found.name != plug_in.name:
+        raise plug_in.problem(f"calls itself {found.name!r}")
+    for name in found.needs:
+        if find(name) is None:
+            raise plug_in.problem(f"needs the statistic {name!r}, which no package publishes")
+    return dataclasses.replace(found, package=plug_in.package)
