@@ -16,6 +16,7 @@ import numpy as np
 
 from moeprune._files import PathLike, check_schema, envelope, parse_json, to_json
 from moeprune.errors import ArtifactError, EvaluationError, nearest
+from moeprune.evaluation.agreement import Estimate
 from moeprune.evaluation.paired import (
     Interval,
     bootstrap_interval,
@@ -26,9 +27,11 @@ from moeprune.evaluation.paired import (
     tango_interval,
     verdict_of,
 )
-from moeprune.evaluation.samples import Run, TaskSamples, read_run
+from moeprune.evaluation.presets import PRIMARY_METRICS
+from moeprune.evaluation.samples import Run, TaskSamples, pooled, read_run
 
 SCHEMA = "moeprune.report/1"
+SAME_MODEL = "both runs name the same model: this measures noise, not pruning"
 
 _PREFERRED = ("acc", "exact_match")
 _DERIVED = {"schema", "moeprune_version", "partial"}
@@ -54,6 +57,10 @@ class TaskComparison:
         answers_changed: multiple choice only: documents whose most likely option changed, right or wrong.
         p: exact McNemar (0/1 metrics) or sign-flip permutation p; ``p_adjusted`` is Holm's over the report's tasks.
         mde: smallest change in ``unit`` that a test of this size finds with 80 % power at the observed flip rate.
+        choice_kl: multiple choice only: KL(base || pruned) in nats between the models' probabilities of the options,
+            renormalised, the mean over documents with its 95 % interval.
+        cut_base: answers of the base model that ended at the limit of ``max_gen_toks`` tokens, and ``cut_pruned`` those
+            of the pruned one; None where nothing is generated or nobody counted.
     """
 
     task: str
@@ -77,6 +84,10 @@ class TaskComparison:
     p_adjusted: float
     mde: float
     verdict: str
+    choice_kl: Estimate | None = None
+    max_gen_toks: int | None = None
+    cut_base: int | None = None
+    cut_pruned: int | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -134,7 +145,7 @@ class EvalReport:
         check_schema(payload, SCHEMA, source)
         content = {name: value for name, value in payload.items() if name not in _DERIVED}
         try:
-            content["tasks"] = tuple(TaskComparison(**_with_interval(row)) for row in content["tasks"])
+            content["tasks"] = tuple(TaskComparison(**_with_kl(_with_interval(row))) for row in content["tasks"])
             content["suite"] = SuiteComparison(**_with_interval(content["suite"])) if content["suite"] else None
             content["warnings"] = tuple(content["warnings"])
             return cls(**content)
@@ -145,6 +156,11 @@ class EvalReport:
 def _with_interval(row: Mapping[str, Any]) -> dict[str, Any]:
     lower, upper = row["interval"]
     return {**row, "interval": (lower, upper)}
+
+
+def _with_kl(row: Mapping[str, Any]) -> dict[str, Any]:
+    found = row.get("choice_kl")
+    return {**row, "choice_kl": Estimate(**_with_interval(found)) if found else None}
 
 
 # --- the same experiment? ---------------------------------------------------------------------------------------------
@@ -182,7 +198,7 @@ def _check_same_task(name: str, base: TaskSamples, pruned: TaskSamples) -> None:
 def _warnings(base: Run, pruned: Run) -> list[str]:
     found = []
     if base.results.get("model_name") == pruned.results.get("model_name") is not None:
-        found.append("both runs name the same model: this measures noise, not pruning")
+        found.append(SAME_MODEL)
     for setting in ("batch_size", "model_dtype", "model_source", "lm_eval_version", "transformers_version"):
         one, other = (_setting(run.results, setting) for run in (base, pruned))
         if one != other:
@@ -219,7 +235,8 @@ def compare_folders(
         pruned_dir: folder with the pruned model's run.
         margin: largest loss in points that still counts as immaterial; decide it before looking.
         alpha: significance level, for Holm-adjusted p values.
-        metrics: primary metric by task, ``"acc_norm"`` or ``"exact_match,flexible-extract"``; ``acc`` by default.
+        metrics: primary metric by task, ``"acc_norm"`` or ``"exact_match,flexible-extract"``; by default that of
+            `PRIMARY_METRICS`, or else ``acc`` or ``exact_match``.
         command: what the envelope records as the command; this function's options by default.
         inputs: what it records as inputs; hashes of the two runs' samples by default.
 
@@ -229,6 +246,7 @@ def compare_folders(
     metrics = metrics or {}
     base, pruned = read_run(Path(base_dir)), read_run(Path(pruned_dir))
     _check_same_experiment(base, pruned)
+    base, pruned = pooled(base), pooled(pruned)
     for name in metrics:
         if name not in base.tasks:
             raise EvaluationError(f"no task {name!r} in these runs", nearest(name, base.tasks))
@@ -253,6 +271,7 @@ def compare_folders(
                 for row in rows
                 if row.unit == "raw"
             ),
+            *(_cut_warning(row) for row in rows if row.cut_base or row.cut_pruned),
             *_warnings(base, pruned),
         ),
         command=command if command is not None else {"margin": margin, "alpha": alpha, "metrics": dict(metrics)},
@@ -268,7 +287,8 @@ def _primary_metric(name: str, task: TaskSamples, wanted: str | None) -> tuple[s
             found.setdefault(metric, (metric, filter_name))  # lm-eval lists its strictest filter first
             found.setdefault(f"{metric},{filter_name}", (metric, filter_name))
     if wanted is None:
-        return next((found[metric] for metric in _PREFERRED if metric in found), next(iter(found.values()), None))
+        usual = (PRIMARY_METRICS.get(name, ""), *_PREFERRED)
+        return next((found[metric] for metric in usual if metric in found), next(iter(found.values()), None))
     if wanted not in found:
         raise EvaluationError(f"task {name!r} has no metric {wanted!r}", nearest(wanted, found))
     return found[wanted]
@@ -295,6 +315,7 @@ def _compare_task(name: str, base: Run, pruned: Run, metric: str, filter_name: s
         interval, inner = (bootstrap_interval(change_N, span, level) for level in (0.95, 0.9))
         p, smallest = permutation_p(change_N), 0.0
     changed = sum(left.choice != right.choice for left, right in pairs) if pairs[0][0].choice is not None else None
+    answers, other_answers = base.answers.get(name), pruned.answers.get(name)
     # an exact test cannot reject at all below some number of flips, whatever the flip rate
     mde = max(detectable_change(float(np.sqrt((change_N**2).mean())), n, alpha), smallest)
     return TaskComparison(
@@ -319,7 +340,31 @@ def _compare_task(name: str, base: Run, pruned: Run, metric: str, filter_name: s
         p_adjusted=p,
         mde=scale * mde,
         verdict="",
+        choice_kl=_choice_kl([(one.likelihoods, two.likelihoods) for one, two in pairs]),
+        max_gen_toks=answers.limit if answers else None,
+        cut_base=answers.cut if answers else None,
+        cut_pruned=other_answers.cut if other_answers else None,
     )
+
+
+def _cut_warning(row: TaskComparison) -> str:
+    counts = f"{row.cut_base or 0} of {row.n} base and {row.cut_pruned or 0} pruned answers"
+    return f"task {row.task!r}: {counts} were cut at {row.max_gen_toks} tokens; --max-gen-toks allows more"
+
+
+def _choice_kl(pairs: Sequence[tuple[Sequence[float], Sequence[float]]]) -> Estimate | None:
+    """Mean KL between the two models' probabilities of a document's options; None where there are none or are NaN."""
+    from scipy.special import log_softmax
+
+    found = []
+    for options in pairs:
+        if len(options[0]) < 2 or not np.isfinite(options).all():
+            return None
+        base_C, pruned_C = log_softmax(options, axis=1)
+        found.append(max(0.0, float((np.exp(base_C) * (base_C - pruned_C)).sum())))
+    kl_N = np.array(found)
+    lower, upper = bootstrap_interval(kl_N, float(kl_N.max()))
+    return Estimate(value=float(kl_N.mean()), interval=(max(0.0, lower), upper))
 
 
 def _judged(rows: Sequence[TaskComparison], margin: float, alpha: float) -> list[TaskComparison]:

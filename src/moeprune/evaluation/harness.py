@@ -5,59 +5,65 @@ from __future__ import annotations
 import contextlib
 import gc
 import importlib
-import json
 import logging
 import os
 import random
 import shutil
-import subprocess
 import sys
 import tempfile
 import warnings
 from collections.abc import Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from moeprune._files import begin_work, check_output_folder, quiet
+from moeprune._files import begin_work, check_output_folder, parse_json, quiet
 from moeprune.errors import EvaluationError
+from moeprune.evaluation.backends import model_arguments, run_in_process_of_its_own
+from moeprune.evaluation.cache import through_cache
 from moeprune.evaluation.compare import EvalReport, compare_folders
-from moeprune.evaluation.settings import EvalSettings, canonical_options, check_settings
-from moeprune.evaluation.tasks import LoadedTasks, load_tasks
+from moeprune.evaluation.generation import AnswerWatch, write_answers
+from moeprune.evaluation.settings import EvalSettings, canonical_options, check_settings, context_length
+from moeprune.evaluation.tasks import LoadedTasks, TaskOutlook, load_tasks
 
 if TYPE_CHECKING:
     from torch import nn
 
     Model = Path | tuple[nn.Module, Any]
 
+_SIDES = ("base", "pruned")
 _CHATTY = ("lm_eval", "datasets", "transformers", "accelerate")
 
 
 # --- the public stages ------------------------------------------------------------------------------------------------
 
 
-def preflight(settings: EvalSettings, base: Path | None = None) -> None:
+def preflight(settings: EvalSettings, base: Path | None = None) -> list[TaskOutlook]:
     """Check everything that can be checked without a model: backend, task names, and that every task's data loads.
 
     Args:
         settings: what will be run and how.
         base: checkpoint folder of the original model, which must have a tokenizer.
 
+    Returns:
+        What each task would ask.
+
     Raises:
         EvaluationError: names every task that cannot run, with its cause and remedy.
     """
     if base is not None:
-        _check_tokenizer(base, settings)
-    with prepare(settings):
-        pass
+        _check_base(base, settings)
+    with prepare(settings) as loaded:
+        return loaded.outlook(settings)
 
 
 @contextlib.contextmanager
 def prepare(settings: EvalSettings) -> Iterator[LoadedTasks]:
     """Check as `preflight` does and keep the loaded tasks for the runs inside the block."""
     check_settings(settings)
-    with tempfile.TemporaryDirectory(prefix="moeprune-tasks-") as scratch:
+    with tempfile.TemporaryDirectory(prefix="moeprune-tasks-") as scratch, _code_allowed(settings):
         with hushed(), _uncounted():
-            loaded = load_tasks(settings.tasks, settings.include_path, Path(scratch))
+            loaded = load_tasks(settings, Path(scratch))
         yield loaded
 
 
@@ -87,8 +93,8 @@ def run_model(
     check_output_folder(output, overwrite=False)
     if not settings.in_process:
         if not isinstance(model, Path):
-            raise EvaluationError(f"the {settings.backend} backend needs a checkpoint folder, not a loaded model")
-        return _run_subprocess(model, settings, output, loaded.include_path, tokenizer)
+            raise EvaluationError("a process of its own needs a checkpoint folder, not a loaded model")
+        return run_in_process_of_its_own(model, settings, output, loaded.include_path, tokenizer)
     with hushed():
         return _run_in_process(model, settings, output, loaded, tokenizer)
 
@@ -102,6 +108,7 @@ def evaluate_pair(
     margin: float = 1.0,
     overwrite: bool = False,
     fingerprints: Mapping[str, str] | None = None,
+    cache: Path | None = None,
 ) -> EvalReport:
     """Evaluate both checkpoints alike and compare them document by document.
 
@@ -113,22 +120,23 @@ def evaluate_pair(
         margin: largest loss in points that still counts as immaterial.
         overwrite: replace what stands in those two folders.
         fingerprints: fingerprints of ``base`` and ``pruned``, for the report's envelope.
+        cache: folder where base's results are kept, and taken from where nothing that decides them has changed.
 
     Raises:
         EvaluationError: a task or model cannot run; raised before any model is loaded wherever it can be known.
     """
-    folders = {"base": Path(base), "pruned": Path(pruned)}
-    for label, folder in folders.items():
-        if not (folder / "config.json").is_file():
-            raise EvaluationError(f"the {label} model {folder} is not a checkpoint folder", "it has no config.json")
-        check_output_folder(output / label, overwrite=overwrite)
-    _check_tokenizer(folders["base"], settings)
+    check_pair(base, pruned, settings, output, overwrite=overwrite)
     with prepare(settings) as loaded:
         begin_work()
-        for label, folder in folders.items():
+        for label in _SIDES:
             shutil.rmtree(output / label, ignore_errors=True)
-            tokenizer = None if _has_tokenizer(folder) else folders["base"]
-            run_model(folder, settings, output / label, loaded=loaded, tokenizer=tokenizer)
+        measure = partial(run_model, base, settings, output / "base", loaded=loaded)
+        if cache is None:
+            measure()
+        else:
+            through_cache(cache, base, settings, loaded, output / "base", measure)
+        tokenizer = None if _has_tokenizer(pruned) else base
+        run_model(pruned, settings, output / "pruned", loaded=loaded, tokenizer=tokenizer)
     command = canonical_options(settings, margin)
     return compare_folders(output / "base", output / "pruned", margin=margin, command=command, inputs=fingerprints)
 
@@ -136,9 +144,41 @@ def evaluate_pair(
 # --- checks -----------------------------------------------------------------------------------------------------------
 
 
-def _check_tokenizer(base: Path, settings: EvalSettings) -> None:
-    if not _has_tokenizer(base) and "tokenizer" not in settings.model_args:
+def check_pair(base: Path, pruned: Path, settings: EvalSettings, output: Path, *, overwrite: bool = False) -> None:
+    """Check what can be checked of two models and of the place of their results, without loading anything.
+
+    Raises:
+        EvaluationError: a folder is no checkpoint, or cannot be asked as the settings say.
+        ConfigError: there are results already.
+    """
+    for label, folder in zip(_SIDES, (base, pruned), strict=True):
+        if not (folder / "config.json").is_file():
+            raise EvaluationError(f"the {label} model {folder} is not a checkpoint folder", "it has no config.json")
+        check_output_folder(output / label, overwrite=overwrite)
+    _check_base(base, settings)
+
+
+def _check_base(base: Path, settings: EvalSettings) -> None:
+    """Refuse a model that has no tokenizer or chat template, or too little room for its answers."""
+    own = "tokenizer" not in settings.model_args
+    if own and not _has_tokenizer(base):
         raise EvaluationError(f"{base} has no tokenizer, which an evaluation needs", "add the tokenizer's files")
+    if own and settings.chat and not settings.trust_remote_code and not _has_chat_template(base):
+        hint = "pass --no-apply-chat-template to ask it as text"
+        raise EvaluationError(f"{base} has no chat template, so it cannot be asked as a chat", hint)
+    room = context_length(settings, parse_json((base / "config.json").read_bytes(), base / "config.json"))
+    if room is not None and settings.max_gen_toks is not None and settings.max_gen_toks >= room:
+        raise EvaluationError(
+            f"answers of {settings.max_gen_toks:,} tokens leave no room for questions: {base.name} takes {room:,}",
+            "pass a smaller --max-gen-toks",
+        )
+
+
+def _has_chat_template(folder: Path) -> bool:
+    if any((folder / name).exists() for name in ("chat_template.jinja", "chat_template.json")):
+        return True
+    file = folder / "tokenizer_config.json"
+    return file.is_file() and bool(parse_json(file.read_bytes(), file).get("chat_template"))
 
 
 def _has_tokenizer(folder: Path) -> bool:
@@ -180,6 +220,22 @@ def _uncounted() -> Iterator[None]:
         datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = before
 
 
+@contextlib.contextmanager
+def _code_allowed(settings: EvalSettings) -> Iterator[None]:
+    """Let the metric of code tasks run what models write, where the user said so; it asks for this variable."""
+    name = "HF_ALLOW_CODE_EVAL"
+    before = os.environ.get(name)
+    if settings.confirm_run_unsafe_code:
+        os.environ[name] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = before
+
+
 # --- hf, in this process ----------------------------------------------------------------------------------------------
 
 
@@ -215,32 +271,7 @@ def _load_model(model: Model, settings: EvalSettings, tokenizer: Path | None) ->
     if not isinstance(model, Path):
         module, own_tokenizer = model
         return HFLM(pretrained=module, tokenizer=own_tokenizer, batch_size=settings.batch_size, **settings.model_args)
-    return HFLM(**_model_arguments(model, settings, tokenizer), batch_size=settings.batch_size)
-
-
-def _model_arguments(model: Path, settings: EvalSettings, tokenizer: Path | None) -> dict[str, Any]:
-    # trust_remote_code is always said aloud: one of lm-eval's backends trusts by default
-    arguments = {
-        "pretrained": str(model.absolute()),
-        "dtype": settings.dtype,
-        "trust_remote_code": settings.trust_remote_code,
-    }
-    if tokenizer is not None:
-        arguments["tokenizer"] = str(tokenizer.absolute())
-    return {**arguments, **_placement(settings), **settings.model_args}
-
-
-def _placement(settings: EvalSettings) -> dict[str, Any]:
-    """Where the model goes; lm-eval's hf backend takes CUDA for granted when it is told nothing."""
-    import torch
-
-    if settings.device not in {None, "auto"}:
-        return {"device": settings.device}
-    if settings.backend != "hf":
-        return {}
-    if settings.device == "auto" and torch.cuda.device_count() > 1:
-        return {"parallelize": True}
-    return {"device": "cuda" if torch.cuda.is_available() else "cpu"}
+    return HFLM(**model_arguments(model, settings, tokenizer), batch_size=settings.batch_size)
 
 
 def _evaluate(lm: Any, name: str, settings: EvalSettings, output: Path, loaded: LoadedTasks) -> None:
@@ -250,7 +281,7 @@ def _evaluate(lm: Any, name: str, settings: EvalSettings, output: Path, loaded: 
 
     # with a .json suffix the tracker writes beside it, not into a sub-folder named after the model's whole path
     tracker = EvaluationTracker(output_path=str(output / "results.json"))
-    chat = settings.apply_chat_template
+    chat = settings.chat
     tracker.general_config_tracker.log_experiment_args(
         model_source=settings.backend,
         model_args={"pretrained": name},
@@ -259,7 +290,8 @@ def _evaluate(lm: Any, name: str, settings: EvalSettings, output: Path, loaded: 
         fewshot_as_multiturn=chat,
     )
     _seed(settings)
-    loaded.configure(num_fewshot=settings.num_fewshot, seed=settings.seeds["fewshot_seed"])
+    loaded.configure(settings)
+    watch = AnswerWatch(lm)
     results = evaluate(
         lm=lm,
         task_dict=loaded.task_dict,
@@ -268,8 +300,10 @@ def _evaluate(lm: Any, name: str, settings: EvalSettings, output: Path, loaded: 
         log_samples=True,
         apply_chat_template=chat,
         fewshot_as_multiturn=chat,
+        confirm_run_unsafe_code=settings.confirm_run_unsafe_code,
     )
     samples = results.pop("samples")
+    write_answers(output, watch.count(samples))
     results.update(_provenance(lm, settings))
     tracker.save_results_aggregated(results=results, samples=samples)
     for task in results["configs"]:
@@ -308,49 +342,3 @@ def _seed(settings: EvalSettings) -> None:
 
 def _first_line(error: BaseException) -> str:
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
-
-
-# --- any backend, one process per model -------------------------------------------------------------------------------
-
-
-def _run_subprocess(
-    model: Path, settings: EvalSettings, output: Path, include_path: Path | None, tokenizer: Path | None
-) -> None:
-    """Run lm-eval's own command: the memory is surely free afterwards, and a crash stays there.
-
-    What it prints goes to ``lm_eval.log`` beside its results.
-    """
-    output.mkdir(parents=True, exist_ok=True)
-    log = output / "lm_eval.log"
-    command = _command(model, settings, output, include_path, tokenizer)
-    environment = {**os.environ, "TOKENIZERS_PARALLELISM": "false", "HF_UPDATE_DOWNLOAD_COUNTS": "0"}
-    with log.open("wb") as handle:
-        done = subprocess.run(command, stdout=handle, stderr=subprocess.STDOUT, env=environment, check=False)
-    if done.returncode or not any(output.glob("results_*.json")):
-        lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
-        raise EvaluationError(f"lm-eval failed on {model}:\n" + "\n".join(lines[-5:]), f"all of its output is in {log}")
-
-
-def _command(
-    model: Path, settings: EvalSettings, output: Path, include_path: Path | None, tokenizer: Path | None
-) -> list[str]:
-    arguments = _model_arguments(model, settings, tokenizer)
-    options = {
-        "--device": arguments.pop("device", None),  # its default would meet one in the model's arguments
-        "--model": settings.backend,
-        "--model_args": json.dumps(arguments),
-        "--tasks": ",".join(settings.tasks),
-        "--batch_size": settings.batch_size,
-        "--output_path": output / "results.json",
-        "--seed": ",".join(map(str, settings.seeds.values())),
-        "--include_path": include_path,
-        "--limit": settings.limit,
-        "--num_fewshot": settings.num_fewshot,
-    }
-    flags = {
-        "--log_samples": True,
-        "--apply_chat_template": settings.apply_chat_template,
-        "--trust_remote_code": settings.trust_remote_code,
-    }
-    given = [str(part) for option in options.items() if option[1] is not None for part in option]
-    return [sys.executable, "-m", "lm_eval", "run", *given, *(flag for flag, is_set in flags.items() if is_set)]

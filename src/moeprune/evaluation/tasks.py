@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import functools
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from moeprune.errors import EvaluationError, nearest
+from moeprune.evaluation.generation import answer_limit
+from moeprune.evaluation.presets import EXTRAS, PRIMARY_METRICS
+from moeprune.evaluation.settings import EvalSettings
 
 _LOCAL_LOADERS = {"json", "csv", "parquet", "arrow", "text", "pandas"}
-_EXTRAS = {"langdetect": "ifeval", "immutabledict": "ifeval", "sympy": "math", "math_verify": "math", "antlr4": "math"}
+_NAMED_EXTRA = re.compile(r"lm[-_]eval\[(\w+)\]")
+_FIRST_METRICS = ("acc", "exact_match")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -26,36 +31,78 @@ class LoadedTasks:
     task_dict: dict[str, dict[str, Any]]
     include_path: Path | None
 
-    def configure(self, *, num_fewshot: int | None, seed: int) -> None:
-        """Set the few-shot examples as lm-eval's own command does; a task that asks for none keeps none."""
+    def configure(self, settings: EvalSettings) -> None:
+        """Set examples and answer lengths as lm-eval's own command does; a task that asks for no example keeps none."""
         for task in self.task_dict["tasks"].values():
             own = task.get_config("num_fewshot")
-            if own is None or (num_fewshot is not None and own != 0):
-                task.set_config(key="num_fewshot", value=num_fewshot or 0)
-            task.set_fewshot_seed(seed=seed)
+            if own is None or (settings.num_fewshot is not None and own != 0):
+                task.set_config(key="num_fewshot", value=settings.num_fewshot or 0)
+            task.set_fewshot_seed(seed=settings.seeds["fewshot_seed"])
+            if settings.max_gen_toks is not None and task.OUTPUT_TYPE == "generate_until":
+                task.set_config(key="generation_kwargs", value={"max_gen_toks": settings.max_gen_toks}, update=True)
+
+    def outlook(self, settings: EvalSettings) -> list[TaskOutlook]:
+        """What each task would ask, in order of their names."""
+        self.configure(settings)
+        return [_outlook(name, task, settings.limit) for name, task in sorted(self.task_dict["tasks"].items())]
 
 
-def load_tasks(names: Sequence[str], include_path: Path | None, scratch: Path) -> LoadedTasks:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TaskOutlook:
+    """What one task would ask of a model.
+
+    Attributes:
+        metric: the compared metric.
+        n: documents that would be asked, out of ``n_full``.
+        max_gen_toks: most tokens of an answer; None where nothing is generated.
+    """
+
+    task: str
+    n_shot: int
+    metric: str
+    n: int
+    n_full: int
+    max_gen_toks: int | None
+
+
+def _outlook(name: str, task: Any, limit: int | None) -> TaskOutlook:
+    listed = [entry["metric"] for entry in task.get_config("metric_list") or []]
+    metrics = [metric if isinstance(metric, str) else metric.__name__ for metric in listed]
+    first = next((metric for metric in _FIRST_METRICS if metric in metrics), next(iter(metrics), ""))
+    documents, generates = len(task.eval_docs), task.OUTPUT_TYPE == "generate_until"
+    return TaskOutlook(
+        task=name,
+        n_shot=int(task.get_config("num_fewshot") or 0),
+        metric=PRIMARY_METRICS.get(name, first),
+        n=min(documents, limit or documents),
+        n_full=documents,
+        max_gen_toks=answer_limit(task.get_config("generation_kwargs")) if generates else None,
+    )
+
+
+def load_tasks(settings: EvalSettings, scratch: Path) -> LoadedTasks:
     """Resolve every name and load its documents.
 
     Args:
-        names: tasks, groups or tags; ``*`` matches several.
-        include_path: folder with the user's own task YAMLs; looked at first.
+        settings: the tasks, groups or tags, where ``*`` matches several; the folder with the user's own task YAMLs,
+            which is looked at first; and whether code that a model wrote may be run.
         scratch: empty folder that outlives the tasks.
 
     Raises:
         EvaluationError: names every task that cannot run, with cause and remedy.
     """
-    staged = _stage(include_path, scratch) if include_path is not None else None
-    manager = _manager(names, staged)
+    staged = _stage(settings.include_path, scratch) if settings.include_path is not None else None
+    manager = _manager(settings.tasks, staged)
     task_dict: dict[str, dict[str, Any]] = {"tasks": {}, "groups": {}, "group_map": {}}
     failures: list[tuple[str, str]] = []
-    for name in names:
+    for name in settings.tasks:
         matches = manager.match_tasks([name])
         if not matches:
             failures.append((f"unknown task {name!r}", nearest(name, manager.all_tasks)))
         for match in matches:
             failures += _load(manager, match, task_dict)
+    for task in task_dict["tasks"].values():
+        failures += _unsuited(task, settings)
     if failures:
         raise _error(failures)
     return LoadedTasks(task_dict=task_dict, include_path=staged)
@@ -76,21 +123,26 @@ def _load(manager: Any, name: str, task_dict: dict[str, dict[str, Any]]) -> list
         return [_explain(name, error)]
     for kind, items in loaded.items():
         task_dict[kind].update(items)
-    return [failure for task in loaded["tasks"].values() for failure in _unsuited(task)]
+    return []
 
 
-def _unsuited(task: Any) -> list[tuple[str, str]]:
+def _unsuited(task: Any, settings: EvalSettings) -> list[tuple[str, str]]:
     if task.OUTPUT_TYPE == "loglikelihood_rolling":
         return [(f"task {task.task_name!r} has only perplexities, no score per document to compare", "leave it out")]
-    if getattr(task, "UNSAFE_CODE", False):
-        remedy = "run it with lm_eval --confirm_run_unsafe_code --log_samples, then compare the folders"
+    if getattr(task, "UNSAFE_CODE", False) and not settings.confirm_run_unsafe_code:
+        remedy = "pass --confirm-run-unsafe-code where that can do no harm, such as in a container"
         return [(f"task {task.task_name!r} executes what the model writes", remedy)]
+    if settings.model_args.get("enable_thinking") and task.OUTPUT_TYPE != "generate_until":
+        return [(f"task {task.task_name!r} leaves no room for thinking", "evaluate it without enable_thinking")]
     return []
 
 
 def _explain(name: str, error: Exception) -> tuple[str, str]:
     """Cause and remedy of a task that did not load."""
     text = next(iter(str(error).strip().splitlines()), type(error).__name__)
+    extra = _NAMED_EXTRA.search(str(error)) if isinstance(error, ModuleNotFoundError) else None
+    if extra:
+        return f"task {name!r} needs an extra of lm-eval: {text}", f'pip install "lm_eval[{extra[1]}]"'
     if isinstance(error, ModuleNotFoundError) and error.name:
         top = error.name.split(".")[0]
         return f"task {name!r} needs the module {top}", f"pip install {_pip_name(top)}"
@@ -103,7 +155,7 @@ def _explain(name: str, error: Exception) -> tuple[str, str]:
 
 
 def _pip_name(module: str) -> str:
-    return f'"lm_eval[{_EXTRAS[module]}]"' if module in _EXTRAS else module
+    return next((f'"lm_eval[{extra}]"' for extra, modules in EXTRAS.items() if module in modules), module)
 
 
 def _error(failures: Sequence[tuple[str, str]]) -> EvaluationError:
