@@ -9,11 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from moeprune.calibration import CalibrationSet, check_vocabulary, load_calibration
-from moeprune.catalogue import BUILTIN as STATISTICS
-from moeprune.catalogue import PATHS, ROWS, find, requested
+from moeprune._plugins import published_names
+from moeprune.calibration import DEFAULT_LABEL, CalibrationSet, check_vocabulary, load_calibration
+from moeprune.catalogue import PATHS, ROWS, find, known_names, origin, requested
 from moeprune.checkpoint import Checkpoint
 from moeprune.errors import ConfigError, StrategyError, nearest, ranges
+from moeprune.evaluation.presets import expand
 from moeprune.evaluation.settings import EvalSettings
 from moeprune.plans import Budget
 from moeprune.strategies import BUILTIN as STRATEGIES
@@ -81,9 +82,10 @@ class CalibrationOptions:
             )
         return tuple(sorted(set(self.layers))) if self.layers else checkpoint.moe_layers
 
-    def load(self, checkpoint: Checkpoint) -> CalibrationSet:
-        """Read and tokenise the sources, for a model whose layers are alike."""
+    def load(self, checkpoint: Checkpoint, label: str = DEFAULT_LABEL) -> CalibrationSet:
+        """Read and tokenise the sources, for a model whose layers are alike; rows are labelled by that column."""
         checkpoint.check_uniform()
+        _ = self.measured  # a wrong name is refused before the data is read
         if self.batch_tokens < 1:
             raise ConfigError("--batch-tokens must be at least 1", "the default is 8192")
         data = load_calibration(
@@ -95,6 +97,7 @@ class CalibrationOptions:
             pack=self.pack,
             seed=self.seed,
             trust_remote_code=self.trust_remote_code,
+            label=label,
         )
         if isinstance(checkpoint.config.get("vocab_size"), int):
             check_vocabulary(data, checkpoint.config["vocab_size"])
@@ -113,7 +116,7 @@ class CalibrationOptions:
             del options["statistics"]
         if not {*measured} & ROWS.keys():
             del options["paths"]
-        return {"stage": "collect"} | options
+        return {"stage": "collect"} | options | origin(measured)
 
 
 def _statistics_of(name: str) -> tuple[str, ...]:
@@ -123,7 +126,7 @@ def _statistics_of(name: str) -> tuple[str, ...]:
     try:
         return resolve(name).needs
     except StrategyError:
-        hint = nearest(name, [*STATISTICS, *STRATEGIES])
+        hint = nearest(name, [*known_names(), *STRATEGIES, *published_names("strategy")])
         raise ConfigError(f"--statistics {name!r} is neither a statistic nor a strategy", hint) from None
 
 
@@ -156,10 +159,14 @@ def budget_of(ratio: float | str | None, keep: int | None, round_to: int) -> Bud
 
 
 def eval_settings(tasks: tuple[str, ...], options: Mapping[str, Any]) -> EvalSettings:
-    """How to evaluate, from loose options."""
+    """How to evaluate, from loose options; presets among the tasks give way to what they mean.
+
+    Raises:
+        EvaluationError: a preset cannot run here.
+    """
     [given] = by_stage(options, EvalSettings)
     folder = given.pop("include_path", None)
-    return EvalSettings(tasks=tasks, include_path=Path(folder) if folder else None, **given)
+    return expand(EvalSettings(tasks=tasks, include_path=Path(folder) if folder else None, **given))
 
 
 def check_margin(margin: float) -> None:

@@ -24,6 +24,7 @@ from moeprune.errors import ConfigError, first_line
 
 T = TypeVar("T")
 DEFAULT_DOMAIN = "default"
+DEFAULT_LABEL = "domain"  # the column that labels rows
 Row = Mapping[str, Any]
 Pair = tuple[str, tuple[int, ...]]  # a label and token ids
 Numbered = tuple[int, tuple[int, ...]]  # a row's number and token ids
@@ -120,6 +121,7 @@ def load_calibration(
     pack: bool = False,
     seed: int = 0,
     trust_remote_code: bool = False,
+    label: str = DEFAULT_LABEL,
 ) -> CalibrationSet:
     """Read calibration sources and tokenise them.
 
@@ -133,6 +135,7 @@ def load_calibration(
         max_length: tokens per sequence.
         pack: join the rows of a domain and cut them into sequences of exactly ``max_length``.
         trust_remote_code: let the tokenizer run its own code.
+        label: the column that labels rows; by another than ``domain`` only rows that have it are labelled.
 
     Raises:
         ConfigError: a source cannot be read, or gives no usable token.
@@ -143,7 +146,7 @@ def load_calibration(
         raise ConfigError(f"--seed must be at least 0, not {seed}")
     if not sources:
         raise ConfigError("no calibration source is given", f"give {_SOURCES}")
-    recipe = _Recipe(num_samples=num_samples, max_length=max_length, shuffle=shuffle, pack=pack, seed=seed)
+    recipe = _Recipe(num_samples=num_samples, max_length=max_length, shuffle=shuffle, pack=pack, seed=seed, label=label)
     encode = _Encoder(tokenizer_path, trust_remote_code=trust_remote_code)
     read = [_read_source(source, encode, recipe) for source in ((sources,) if isinstance(sources, str) else sources)]
     return CalibrationSet(
@@ -162,6 +165,7 @@ class _Recipe:
     shuffle: bool
     pack: bool
     seed: int
+    label: str
 
 
 def _read_source(source: str, encode: _Encoder, recipe: _Recipe) -> tuple[list[Pair], dict[str, Any]]:
@@ -169,7 +173,7 @@ def _read_source(source: str, encode: _Encoder, recipe: _Recipe) -> tuple[list[P
     label, location = _split_label(source)
     opened = open_source(location)
     rows = _take(enumerate(opened.rows, 1), recipe.num_samples, shuffle=recipe.shuffle, seed=recipe.seed)
-    read = [(_domain(row, label), *encode(row, f"row {number} of {location!r}")) for number, row in rows]
+    read = [(_label(row, label, recipe.label), *encode(row, f"row {number} of {location!r}")) for number, row in rows]
     columns = {column for _, column, ids in read if ids}
     pairs = [(domain, ids) for domain, _, ids in read if ids]
     if recipe.pack:
@@ -199,9 +203,9 @@ def _split_label(source: str) -> tuple[str, str]:
     return (label, location) if equals and re.fullmatch(r"[\w-]+", label) else ("", source)
 
 
-def _domain(row: Row, label: str) -> str:
-    own = row.get("domain")
-    return label or DEFAULT_DOMAIN if own is None or own == "" else str(own)
+def _label(row: Row, given: str, column: str) -> str:
+    own, default = row.get(column), (given or DEFAULT_DOMAIN) if column == DEFAULT_LABEL else ""
+    return default if own is None or own == "" else str(own)
 
 
 def _take(rows: Iterable[T], count: int, *, shuffle: bool, seed: int) -> list[T]:

@@ -179,14 +179,14 @@ def streams(checkpoint: Checkpoint, settings: CalibrationOptions, *, beside: int
         raise ConfigError(f"{option} bounds a pass layer by layer", "leave --no-stream out")
     if settings.stream is not None:
         return settings.stream
-    reason = _does_not_fit(checkpoint, settings, beside)
+    reason = does_not_fit(checkpoint, settings, beside)
     if reason:
         note(f"running layer by layer: {reason}")
     return bool(reason)
 
 
-def _does_not_fit(checkpoint: Checkpoint, settings: CalibrationOptions, beside: int) -> str:
-    """Why the model cannot be loaded whole, or an empty string."""
+def does_not_fit(checkpoint: Checkpoint, settings: CalibrationOptions, beside: int) -> str:
+    """Why the model cannot be loaded whole with so many bytes beside it, or an empty string."""
     device = device_for(settings.device)
     try:
         if device.type != "cuda" and _is_quantised(checkpoint):

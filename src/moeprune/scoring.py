@@ -114,11 +114,27 @@ def forecast_text(
         Peak memory, disk and reading of a pass layer by layer; None where the model would be loaded whole.
     """
     job = _opened(base, plans, text, output, revision=revision, overwrite=overwrite, options=options)
-    shapes = _shapes(job.data, job.settings)
-    if not streams(job.checkpoint, job.settings, beside=_logits_bytes(job.checkpoint, shapes)):
+    return forecast_evaluator(job.checkpoint, job.settings, job.data, plans=len(job.plans), output=job.output)
+
+
+def forecast_evaluator(
+    checkpoint: Checkpoint,
+    settings: CalibrationOptions,
+    data: CalibrationSet,
+    *,
+    plans: int,
+    output: Path | None = None,
+) -> Forecast | None:
+    """What :func:`open_evaluator` and a call for so many plans would take; None where the model would be loaded whole.
+
+    Raises:
+        ConfigError: it cannot fit.
+    """
+    shapes = _shapes(data, settings)
+    if not streams(checkpoint, settings, beside=logits_bytes(checkpoint, data, settings)):
         return None
-    expected = _arrange(open_stream(job.checkpoint, job.settings), job.settings, shapes, len(job.plans))
-    check_spill(expected, job.output)
+    expected = _arrange(open_stream(checkpoint, settings), settings, shapes, plans)
+    check_spill(expected, output)
     return expected
 
 
@@ -146,7 +162,7 @@ def open_evaluator(
     """
     check_documents(data.sequences)
     shapes = _shapes(data, settings)
-    if not streams(checkpoint, settings, beside=_logits_bytes(checkpoint, shapes)):
+    if not streams(checkpoint, settings, beside=logits_bytes(checkpoint, data, settings)):
         from moeprune.collectors.resident import load_model
 
         model = load_model(
@@ -251,10 +267,10 @@ def _shapes(data: CalibrationSet, settings: CalibrationOptions) -> list[tuple[in
     return [(len(rows), ids_BT.shape[1]) for rows, ids_BT, _ in batches(data.sequences, settings.batch_tokens)]
 
 
-def _logits_bytes(checkpoint: Checkpoint, shapes: Sequence[tuple[int, int]]) -> int:
+def logits_bytes(checkpoint: Checkpoint, data: CalibrationSet, settings: CalibrationOptions) -> int:
     """Of the largest batch under two models, in float32 at most."""
     vocabulary = int(checkpoint.spec.values(checkpoint.config).get("vocab_size", 0))
-    return 2 * 4 * vocabulary * max(rows * length for rows, length in shapes)
+    return 2 * 4 * vocabulary * max(rows * length for rows, length in _shapes(data, settings))
 
 
 def _arrange(
@@ -310,7 +326,7 @@ def _opened(
         _check(checkpoint, name, plan)
     data = settings.load(checkpoint)
     check_documents(data.sequences)
-    known = [name for name, (_, seen) in read.items() if seen & _digests([data.fingerprint], data.provenance)]
+    known = [name for name, (_, seen) in read.items() if seen & text_digests([data.fingerprint], data.provenance)]
     return _Job(
         checkpoint=checkpoint,
         settings=settings,
@@ -324,7 +340,7 @@ def _opened(
 def _read_plan(source: PlanLike) -> tuple[PruningPlan, set[str]]:
     """A plan, and the digests of the texts that it was made from as far as they are known."""
     if isinstance(source, PruningPlan):
-        return source, _digests(source.inputs.values(), ())
+        return source, text_digests(source.inputs.values(), ())
     file, statistics = Path(source), Path(source) / PROVENANCE / "statistics.safetensors"
     if file.is_dir():
         file = file / PROVENANCE / "plan.json"
@@ -333,10 +349,10 @@ def _read_plan(source: PlanLike) -> tuple[PruningPlan, set[str]]:
             raise ConfigError(f"{source} is no checkpoint that moeprune wrote: it has no {PROVENANCE}/plan.json", hint)
     plan = PruningPlan.load(file)
     provenance = RouterStatistics.load(statistics).provenance if statistics.is_file() else ()
-    return plan, _digests(plan.inputs.values(), provenance)
+    return plan, text_digests(plan.inputs.values(), provenance)
 
 
-def _digests(fingerprints: Iterable[object], provenance: Sequence[Any]) -> set[str]:
+def text_digests(fingerprints: Iterable[object], provenance: Sequence[Any]) -> set[str]:
     """What identifies texts: of all token ids of each, and of each source's token ids and file."""
     found = {one for joined in fingerprints for one in str(joined).split("+")}  # merged statistics have several
     for entry in provenance:
