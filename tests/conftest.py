@@ -29,6 +29,13 @@ settings.load_profile("suite")
 
 FIXTURES = Path(__file__).parent / "fixtures"
 
+
+@pytest.fixture(scope="session", autouse=True)
+def own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Results that tests keep are kept in a folder of this run."""
+    os.environ["MOEPRUNE_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+
+
 _COMMON: dict[str, Any] = {
     "vocab_size": 97,
     "hidden_size": 32,

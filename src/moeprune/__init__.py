@@ -11,12 +11,16 @@ from typing import TYPE_CHECKING, Any
 from moeprune._version import __version__
 
 if TYPE_CHECKING:
+    from moeprune.architectures import MoESpec as MoESpec
     from moeprune.calibration import CalibrationSet as CalibrationSet
     from moeprune.calibration import load_calibration as load_calibration
+    from moeprune.catalogue import Statistic as Statistic
     from moeprune.checkpoint import Checkpoint as Checkpoint
     from moeprune.checkpoint import open_checkpoint as open_checkpoint
     from moeprune.collectors.callback import statistics_callback as statistics_callback
+    from moeprune.collectors.measures import Slots as Slots
     from moeprune.collectors.probe import observe as observe
+    from moeprune.collectors.weights import ExpertWeights as ExpertWeights
     from moeprune.errors import ArtifactError as ArtifactError
     from moeprune.errors import CheckpointError as CheckpointError
     from moeprune.errors import ConfigError as ConfigError
@@ -29,6 +33,8 @@ if TYPE_CHECKING:
     from moeprune.errors import StrategyError as StrategyError
     from moeprune.errors import UnsupportedModelError as UnsupportedModelError
     from moeprune.evaluation.compare import EvalReport as EvalReport
+    from moeprune.evaluation.page import ReportSources as ReportSources
+    from moeprune.evaluation.page import render_report as render_report
     from moeprune.evaluation.text import TextReport as TextReport
     from moeprune.oneshot import prune as prune
     from moeprune.pipeline import apply as apply
@@ -40,16 +46,26 @@ if TYPE_CHECKING:
     from moeprune.pipeline import verify as verify
     from moeprune.plans import Budget as Budget
     from moeprune.plans import PruningPlan as PruningPlan
+    from moeprune.probing import evaluate_probes as evaluate_probes
+    from moeprune.publish.push import push as push
     from moeprune.runtime.surgery import prune_model as prune_model
     from moeprune.runtime.surgery import save_model as save_model
     from moeprune.scoring import evaluate_text as evaluate_text
+    from moeprune.statistics import LayerStatistics as LayerStatistics
     from moeprune.statistics import RouterStatistics as RouterStatistics
+    from moeprune.strategies import GlobalCriterion as GlobalCriterion
+    from moeprune.strategies import Strategy as Strategy
+    from moeprune.sweeping import sweep as sweep
 
 _HOMES = {
+    "architectures": ("MoESpec",),
     "calibration": ("CalibrationSet", "load_calibration"),
+    "catalogue": ("Statistic",),
     "checkpoint": ("Checkpoint", "open_checkpoint"),
     "collectors.callback": ("statistics_callback",),
+    "collectors.measures": ("Slots",),
     "collectors.probe": ("observe",),
+    "collectors.weights": ("ExpertWeights",),
     "errors": (
         "ArtifactError",
         "CheckpointError",
@@ -64,13 +80,18 @@ _HOMES = {
         "UnsupportedModelError",
     ),
     "evaluation.compare": ("EvalReport",),
+    "evaluation.page": ("ReportSources", "render_report"),
     "evaluation.text": ("TextReport",),
     "oneshot": ("prune",),
     "pipeline": ("apply", "collect", "compare", "evaluate", "forecast", "plan", "verify"),
     "plans": ("Budget", "PruningPlan"),
+    "publish.push": ("push",),
+    "probing": ("evaluate_probes",),
     "runtime.surgery": ("prune_model", "save_model"),
     "scoring": ("evaluate_text",),
-    "statistics": ("RouterStatistics",),
+    "statistics": ("LayerStatistics", "RouterStatistics"),
+    "strategies": ("GlobalCriterion", "Strategy"),
+    "sweeping": ("sweep",),
 }
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
 

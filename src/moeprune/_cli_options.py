@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from contextvars import ContextVar
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -168,7 +169,15 @@ Mtp = Annotated[
 
 # --- evaluation -----------------------------------------------------------------------------------------------------
 
-Tasks = Annotated[str, typer.Option("--tasks", "--eval", metavar="A,B", help="lm-eval tasks or groups.")]
+Tasks = Annotated[
+    str,
+    typer.Option(
+        "--tasks",
+        "--eval",
+        metavar="A,B",
+        help="lm-eval tasks or groups, or presets: smoke, quick, mc, math, code, instruct, reasoning.",
+    ),
+]
 IncludePath = Annotated[
     Path | None, typer.Option("--include-path", "--include_path", metavar="DIR", help="Folder of more tasks.")
 ]
@@ -184,6 +193,13 @@ Text = Annotated[
         help="Repeatable: score plans on this text; sources as for --calibration.",
     ),
 ]
+Probes = Annotated[
+    bool,
+    typer.Option(
+        "--probes",
+        help="Loops, JSON, and text inside and outside the calibration mix, beside --text and --tasks if given.",
+    ),
+]
 BatchSize = Annotated[
     int, typer.Option("--batch-size", "--batch_size", metavar="N", help="Fixed, the same for both models.")
 ]
@@ -193,7 +209,43 @@ Limit = Annotated[
 FewShot = Annotated[
     int | None, typer.Option("--num-fewshot", "--num_fewshot", metavar="N", help="Examples before each question.")
 ]
-ChatTemplate = Annotated[bool, typer.Option("--apply-chat-template", "--apply_chat_template", help="Ask as a chat.")]
+ChatTemplate = Annotated[
+    bool | None,
+    typer.Option(
+        "--apply-chat-template/--no-apply-chat-template",
+        "--apply_chat_template",
+        show_default=False,
+        help="Ask as a chat.  [default: as the preset says, or as text]",
+    ),
+]
+MaxGenToks = Annotated[
+    int | None,
+    typer.Option(
+        "--max-gen-toks",
+        "--max_gen_toks",
+        metavar="N",
+        help="Most tokens of an answer.  [default: the preset's, or the task's own]",
+    ),
+]
+UnsafeCode = Annotated[
+    bool,
+    typer.Option(
+        "--confirm-run-unsafe-code",
+        "--confirm_run_unsafe_code",
+        help="Run the code that models write, for tasks that need it.",
+    ),
+]
+Launcher = Annotated[
+    str | None,
+    typer.Option(
+        "--launcher", metavar="COMMAND", help="Starts each model's processes: 'accelerate launch --num_processes 4'."
+    ),
+]
+Cache = Annotated[
+    Path | None,
+    typer.Option("--cache", metavar="DIR", help="Where BASE's results are kept.  [default: ~/.cache/moeprune/results]"),
+]
+NoCache = Annotated[bool, typer.Option("--no-cache", help="Measure BASE again, and keep nothing.")]
 Margin = Annotated[float, typer.Option("--margin", metavar="POINTS", help="Loss that would be acceptable.")]
 FailOn = Annotated[str, typer.Option("--fail-on", metavar="loss", help="Exit with 3 when a task's verdict is a loss.")]
 
@@ -282,8 +334,30 @@ def model_args_of(text: str) -> dict[str, Any]:
         ConfigError: neither ``k=v,...`` nor a JSON object.
     """
     if not text.lstrip().startswith("{"):
-        return dict(pairs(text, "--model-args"))
+        return {name: _typed(value) for name, value in pairs(text, "--model-args").items()}
     try:
         return dict(json.loads(text))
     except ValueError as error:
         raise ConfigError(f"--model-args is not valid JSON: {error}", "or write it as k=v,...") from error
+
+
+def _typed(text: str) -> Any:
+    """A number or truth value where the text is one, as lm-eval reads it."""
+    known = {"true": True, "false": False, "none": None}
+    if text.lower() in known:
+        return known[text.lower()]
+    for kind in (int, float):
+        with contextlib.suppress(ValueError):
+            return kind(text)
+    return text
+
+
+def cache_of(folder: Path | None, *, unused: bool) -> Path | Literal[False] | None:
+    """Where a base model's results are kept; None for the usual place, False for nowhere.
+
+    Raises:
+        ConfigError: a place is named and not to be used.
+    """
+    if unused and folder is not None:
+        raise ConfigError("--cache names a folder that --no-cache would not use", "pass one of them")
+    return False if unused else folder

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 from moeprune import _files
 
 if TYPE_CHECKING:
-    from moeprune.checkpoint import Checkpoint
     from moeprune.evaluation.compare import EvalReport
     from moeprune.evaluation.text import TextReport
     from moeprune.oneshot import PruneResult
@@ -128,10 +127,11 @@ def print_forecast(expected: Forecast | None, output: Path | None, *, as_json: b
     if as_json:
         print_json({"output": str(output), "written": False, "forecast": expected.to_dict() if expected else None})
     else:
-        show(f"{_render_forecast(expected, doing)}\ndry run: nothing was written to {output}")
+        show(f"{render_forecast(expected, doing)}\ndry run: nothing was written to {output}")
 
 
-def _render_forecast(expected: Forecast | None, doing: str = "collecting") -> str:
+def render_forecast(expected: Forecast | None, doing: str = "collecting") -> str:
+    """What a pass would take, for people."""
     if expected is None:
         return f"{doing}: the whole model is loaded"
     states = "hidden states in files" if expected.spill else "hidden states in memory"
@@ -166,44 +166,6 @@ def print_statistics(output: Path, statistics: RouterStatistics, *, as_json: boo
     show(f"{statistics.tokens:,} tokens{domains} through {layers}\n{halves}statistics: {output}")
 
 
-def print_checkpoint(checkpoint: Checkpoint, *, as_json: bool) -> None:
-    """What a checkpoint is."""
-    from moeprune.errors import ranges
-
-    shape, own = checkpoint.router, checkpoint.own_counts
-    facts = {
-        "path": str(checkpoint.path),
-        "model_type": checkpoint.spec.model_type,
-        "moe_layers": list(checkpoint.moe_layers),
-        "mtp_layers": list(checkpoint.mtp_layers),
-        "experts": shape.num_experts,
-        **({"own_counts": {str(layer): count for layer, count in own.items()}} if own else {}),
-        "top_k": shape.top_k,
-        "n_group": shape.n_group,
-        "topk_group": shape.topk_group,
-        "smallest_keep": None if own else shape.smallest(),
-        "tensors": len(checkpoint.tensors),
-        "bytes": checkpoint.nbytes,
-        "fingerprint": checkpoint.fingerprint,
-    }
-    if as_json:
-        print_json(facts)
-        return
-    groups = f" in {shape.n_group} groups, {shape.topk_group} of them per token" if shape.n_group > 1 else ""
-    step = f" in steps of {shape.n_group}" if shape.n_group > 1 else ""
-    shown = {
-        "path": checkpoint.path,
-        "architecture": checkpoint.spec.model_type,
-        "MoE layers": ranges(checkpoint.moe_layers),
-        "MTP layers": ranges(checkpoint.mtp_layers),
-        "experts": f"{checkpoint.span} per layer{groups}, top-{shape.top_k}",
-        "can keep": "all: layers differ" if own else f"{shape.smallest()} to {shape.num_experts - shape.n_group}{step}",
-        "size": f"{_files.human_bytes(checkpoint.nbytes)} in {len(checkpoint.tensors):,} tensors",
-        "fingerprint": checkpoint.fingerprint,
-    }
-    show("\n".join(f"{name:<13} {value}" for name, value in shown.items()))
-
-
 # --- reports --------------------------------------------------------------------------------------------------------
 
 
@@ -214,7 +176,11 @@ def print_report(report: EvalReport, output: Path | None, *, as_json: bool) -> N
     if as_json:
         print_json(report.payload())
     else:
-        show(render_table(report) + (f"report: {output / 'report.md'}" if output else ""))
+        show(render_table(report) + (_report_files(output) if output else ""))
+
+
+def _report_files(folder: Path) -> str:
+    return f"report: {folder / 'report.md'}\npage: {folder / 'report.html'}"
 
 
 def print_text_report(report: TextReport, output: Path, *, as_json: bool) -> None:
@@ -240,10 +206,10 @@ def print_pruned(result: PruneResult, *, as_json: bool) -> None:
         show("")
         print_report(result.report, None, as_json=False)
     if result.forecast is not None:
-        show(_render_forecast(result.forecast))
+        show(render_forecast(result.forecast))
     show(_written(result.output, dry_run=dry_run))
     if result.report is not None:
-        show(f"report: {result.output / 'moeprune' / 'report' / 'report.md'}")
+        show(_report_files(result.output / "moeprune" / "report"))
 
 
 def _pruned_object(result: PruneResult) -> dict[str, Any]:
@@ -257,45 +223,3 @@ def _pruned_object(result: PruneResult) -> dict[str, Any]:
         "verification": _proof_object(result.verification) if result.verification else None,
         "report": result.report.payload() if result.report is not None else None,
     }
-
-
-# --- lists ----------------------------------------------------------------------------------------------------------
-
-
-def print_strategies(*, as_json: bool) -> None:
-    """The strategies by name."""
-    from moeprune.strategies import BUILTIN, COLLECTING, DEFAULT
-
-    if as_json:
-        print_json(
-            {
-                name: {
-                    "summary": item.summary,
-                    "paper": item.paper,
-                    "calibrated": item.calibrated,
-                    "needs": list(item.needs),
-                    "cost": item.cost,
-                    "default": name == DEFAULT,
-                }
-                for name, item in BUILTIN.items()
-            }
-        )
-        return
-    for name, item in BUILTIN.items():
-        paper = f" (arXiv:{item.paper})" if item.paper else ""
-        marks = "  [default]" * (name == DEFAULT) + "  [needs no calibration]" * (not item.calibrated)
-        show(f"{name:<24} {item.summary}{paper}{marks}")
-        if item.needs and item.cost != COLLECTING:
-            show(f"{'':<24} takes {item.cost}")
-    show(f"{'S(b,alpha,beta)':<24} any member of the saliency family: S(1,1,1) is reap")
-
-
-def print_architectures(*, as_json: bool) -> None:
-    """The architectures by model_type, with the engines that load them."""
-    from moeprune.architectures import ARCHITECTURES
-
-    engines = {name: list(spec.engines) for name, spec in ARCHITECTURES.items()}
-    if as_json:
-        print_json({name: {"engines": loaders} for name, loaders in engines.items()})
-    else:
-        show("\n".join(f"{name:<14} {', '.join(loaders)}" for name, loaders in engines.items()))

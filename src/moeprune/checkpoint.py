@@ -102,6 +102,14 @@ class Checkpoint:
             for piece in range(pieces):
                 yield entry.begin + piece * width + (width - size) // 2, size
 
+    @property
+    def hub_source(self) -> dict[str, str]:
+        """Name and commit of a model that lies in the Hub's cache; empty for any other folder."""
+        snapshots, cached = self.path.parent, self.path.parent.parent.name
+        if snapshots.name != "snapshots" or not cached.startswith("models--"):
+            return {}
+        return {"repo": cached.removeprefix("models--").replace("--", "/", 1), "revision": self.path.name}
+
     @cached_property
     def nbytes(self) -> int:
         """Bytes of all tensors."""

@@ -12,10 +12,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from moeprune import _cli_inspect, _cli_listing, _cli_publish, _cli_report, _files
 from moeprune import _cli_options as opt
 from moeprune import _cli_output as out
-from moeprune import _files
+from moeprune._cli_eval import print_outlook
+from moeprune._cli_probes import print_probes, run_probes
 from moeprune._cli_run import exit_code
+from moeprune._cli_sweep import sweep
 from moeprune.catalogue import PATHS
 from moeprune.errors import ConfigError
 
@@ -83,7 +86,12 @@ def prune(
     batch_size: opt.BatchSize = 16,
     limit: opt.Limit = None,
     num_fewshot: opt.FewShot = None,
-    apply_chat_template: opt.ChatTemplate = False,
+    apply_chat_template: opt.ChatTemplate = None,
+    max_gen_toks: opt.MaxGenToks = None,
+    confirm_run_unsafe_code: opt.UnsafeCode = False,
+    launcher: opt.Launcher = None,
+    cache: opt.Cache = None,
+    no_cache: opt.NoCache = False,
     margin: opt.Margin = 1.0,
     fail_on: opt.FailOn = "",
     overwrite: opt.Overwrite = False,
@@ -140,6 +148,10 @@ def prune(
         limit=limit,
         num_fewshot=num_fewshot,
         apply_chat_template=apply_chat_template,
+        max_gen_toks=max_gen_toks,
+        confirm_run_unsafe_code=confirm_run_unsafe_code,
+        launcher=launcher,
+        cache=opt.cache_of(cache, unused=no_cache),
         margin=margin,
         overwrite=overwrite,
         dry_run=dry_run,
@@ -368,13 +380,19 @@ def evaluate(
     output: opt.ReportFolder,
     tasks: opt.Tasks = "",
     text: opt.Text = [],  # noqa: B006 - typer copies it
+    probes: opt.Probes = False,
     include_path: opt.IncludePath = None,
     backend: opt.Backend = "hf",
     model_args: opt.ModelArgs = "",
     batch_size: opt.BatchSize = 16,
     limit: opt.Limit = None,
     num_fewshot: opt.FewShot = None,
-    apply_chat_template: opt.ChatTemplate = False,
+    apply_chat_template: opt.ChatTemplate = None,
+    max_gen_toks: opt.MaxGenToks = None,
+    confirm_run_unsafe_code: opt.UnsafeCode = False,
+    launcher: opt.Launcher = None,
+    cache: opt.Cache = None,
+    no_cache: opt.NoCache = False,
     device: opt.Device = None,
     dtype: opt.Dtype = "auto",
     trust_remote_code: opt.Trust = False,
@@ -396,11 +414,13 @@ def evaluate(
     quiet: opt.Quiet = False,
     verbose: opt.Verbose = 0,
 ) -> None:
-    """Run lm-eval tasks on both models with identical requests, or score any number of plans on text."""
+    """Run lm-eval tasks on both models with identical requests, score any number of plans on text, or probe a pair."""
     from moeprune import pipeline, scoring
 
-    _check_kind(context, pruned, tasks=tasks, text=text)
-    if text:
+    _check_kind(context, pruned, tasks=tasks, text=text, probes=probes)
+    _check_gate(fail_on)
+    probed = None
+    if text or probes:
         options: dict[str, Any] = {
             "text": text,
             "output": output,
@@ -419,58 +439,80 @@ def evaluate(
             "revision": revision,
             "overwrite": overwrite,
         }
-        if dry_run:
+        if probes:
+            probed = run_probes(base, pruned[0], options)
+        elif dry_run:
             expected = scoring.forecast_text(base, pruned, **options)
             out.print_forecast(expected, output, as_json=as_json, doing="scoring")
         else:
             out.print_text_report(scoring.evaluate_text(base, pruned, **options), output, as_json=as_json)
+        if not tasks:
+            if probed is not None:
+                print_probes(probed, None, output, as_json=as_json)
+            return
+    asked: dict[str, Any] = {
+        "tasks": opt.names(tasks),
+        "output": output,
+        "include_path": include_path,
+        "backend": backend,
+        "model_args": opt.model_args_of(model_args),
+        "batch_size": batch_size,
+        "limit": limit,
+        "num_fewshot": num_fewshot,
+        "apply_chat_template": apply_chat_template,
+        "max_gen_toks": max_gen_toks,
+        "confirm_run_unsafe_code": confirm_run_unsafe_code,
+        "launcher": launcher,
+        "device": device,
+        "dtype": dtype,
+        "trust_remote_code": trust_remote_code,
+        "seed": seed,
+        "revision": revision,
+        "margin": margin,
+        "overwrite": overwrite or probes,  # which were written there
+    }
+    if dry_run:
+        print_outlook(pipeline.outlook(base, pruned[0], **asked), output, as_json=as_json)
         return
-    _check_gate(fail_on)
-    report = pipeline.evaluate(
-        base,
-        pruned[0],
-        tasks=opt.names(tasks),
-        output=output,
-        include_path=include_path,
-        backend=backend,
-        model_args=opt.model_args_of(model_args),
-        batch_size=batch_size,
-        limit=limit,
-        num_fewshot=num_fewshot,
-        apply_chat_template=apply_chat_template,
-        device=device,
-        dtype=dtype,
-        trust_remote_code=trust_remote_code,
-        seed=seed,
-        revision=revision,
-        margin=margin,
-        overwrite=overwrite,
-    )
-    out.print_report(report, output, as_json=as_json)
+    report = pipeline.evaluate(base, pruned[0], cache=opt.cache_of(cache, unused=no_cache), **asked)
+    if probed is not None:
+        print_probes(probed, report, output, as_json=as_json)
+        _cli_report.redraw(output, pruned[0])
+    else:
+        out.print_report(report, output, as_json=as_json)
     _gate(report, fail_on)
 
 
 # What only one of the two kinds of evaluation knows.
 _OF_TASKS = {
     *("include_path", "backend", "model_args", "batch_size", "limit", "num_fewshot", "apply_chat_template"),
-    *("margin", "fail_on"),
+    *("max_gen_toks", "confirm_run_unsafe_code", "launcher", "cache", "no_cache", "margin", "fail_on"),
 }
 _OF_TEXT = {
-    *("num_samples", "max_length", "shuffle", "pack", "batch_tokens", "stream", "memory", "device_memory", "dry_run"),
+    *("num_samples", "max_length", "shuffle", "pack", "batch_tokens", "stream", "memory", "device_memory"),
 }
+_NOT_OF_PROBES = {"pack", "dry_run"}
 
 
-def _check_kind(context: typer.Context, pruned: Sequence[str], *, tasks: str, text: Sequence[str]) -> None:
+def _check_kind(
+    context: typer.Context, pruned: Sequence[str], *, tasks: str, text: Sequence[str], probes: bool
+) -> None:
     """Refuse what would silently do nothing in this kind of evaluation."""
-    if bool(tasks) == bool(text):
+    if not probes and bool(tasks) == bool(text):
         hint = "--tasks asks lm-eval's questions of a checkpoint, --text measures perplexity under plans"
-        raise ConfigError("eval takes either --tasks or --text", hint)
-    if tasks and len(pruned) > 1:
-        raise ConfigError(f"--tasks evaluates one checkpoint, not {len(pruned)}", "--text compares many plans")
+        raise ConfigError("eval takes either --tasks or --text, or --probes", hint)
+    if (tasks or probes) and len(pruned) > 1:
+        kind = "--tasks evaluates" if tasks else "--probes compares"
+        raise ConfigError(f"{kind} one checkpoint, not {len(pruned)}", "--text compares many plans")
+    if tasks and Path(pruned[0]).suffix == ".json":
+        raise ConfigError(f"--tasks evaluates a checkpoint, and {pruned[0]} is a plan", "apply it first")
+    idle = (set() if tasks else _OF_TASKS) | (set() if text or probes else _OF_TEXT)
+    idle |= _NOT_OF_PROBES if probes else set()
+    kind = "--probes" if probes else "--text" if text else "--tasks"
     for option in context.command.params:
-        odd = option.name in (_OF_TASKS if text else _OF_TEXT)
-        if odd and str(getattr(context.get_parameter_source(str(option.name)), "name", "")) == "COMMANDLINE":
-            raise ConfigError(f"{option.opts[0]} does nothing with {'--text' if text else '--tasks'}", "leave it out")
+        source = str(getattr(context.get_parameter_source(str(option.name)), "name", ""))
+        if option.name in idle and source == "COMMANDLINE":
+            raise ConfigError(f"{option.opts[0]} does nothing with {kind}", "leave it out")
 
 
 @app.command()
@@ -510,33 +552,18 @@ def _gate(report: EvalReport | None, fail_on: str) -> None:
         raise typer.Exit(3)
 
 
+app.command()(_cli_report.report)
+app.command()(_cli_publish.card)
+app.command()(_cli_publish.push)
+app.command()(sweep)
+
+
 # --- looking around -------------------------------------------------------------------------------------------------
 
-
-@app.command()
-def inspect(
-    model: opt.Model,
-    revision: opt.Revision = None,
-    as_json: opt.AsJson = False,
-    quiet: opt.Quiet = False,
-    verbose: opt.Verbose = 0,
-) -> None:
-    """Say what a checkpoint is: architecture, layers, experts, groups, size, and the counts that can be kept."""
-    from moeprune.checkpoint import open_checkpoint
-
-    out.print_checkpoint(open_checkpoint(model, revision=revision), as_json=as_json)
-
-
-@app.command()
-def strategies(as_json: opt.AsJson = False) -> None:
-    """List the strategies."""
-    out.print_strategies(as_json=as_json)
-
-
-@app.command()
-def architectures(as_json: opt.AsJson = False) -> None:
-    """List the supported architectures and the engines that load them."""
-    out.print_architectures(as_json=as_json)
+app.command()(_cli_inspect.inspect)
+app.command()(_cli_listing.strategies)
+app.command()(_cli_listing.statistics)
+app.command()(_cli_listing.architectures)
 
 
 def _version(value: bool) -> None:

@@ -6,17 +6,17 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from moeprune._files import PathLike
 from moeprune._options import CalibrationOptions, budget_of, by_stage, check_margin, eval_settings, several
 from moeprune.calibration import CalibrationSet
-from moeprune.catalogue import FACTS
 from moeprune.checkpoint import Checkpoint, open_checkpoint
 from moeprune.choosing import decide
 from moeprune.collecting import collected, expected_of
 from moeprune.collectors.distributed import refuse_many
 from moeprune.errors import ConfigError, EvaluationError
+from moeprune.evaluation.cache import cache_folder
 from moeprune.evaluation.harness import preflight
 from moeprune.evaluation.settings import EvalSettings
 from moeprune.pipeline import BUNDLED, check_can_load, check_space, default_output, evaluate_checkpoints
@@ -26,7 +26,7 @@ from moeprune.reconstructing import subset_loss_of
 from moeprune.rewrite.drop import DEFAULT_SHARD_SIZE, PROVENANCE, apply_drop, check_output
 from moeprune.rewrite.verify import verify_drop
 from moeprune.scoring import SelectionText, load_selection, selection_evaluator
-from moeprune.statistics import RouterStatistics
+from moeprune.statistics import RouterStatistics, known
 from moeprune.strategies import AUTO, DEFAULT, Criterion, GlobalCriterion, resolve
 from moeprune.strategies.allocate import Allocation
 
@@ -38,7 +38,10 @@ if TYPE_CHECKING:
 
 BUNDLED_TASKS = ("tiny",)
 BUNDLED_LIMIT = 200  # questions per bundled task, so that a first look takes minutes
-_NEED_TASKS = ("include_path", "limit", "num_fewshot", "apply_chat_template")
+_NEED_TASKS = (
+    *("include_path", "limit", "num_fewshot", "apply_chat_template"),
+    *("max_gen_toks", "confirm_run_unsafe_code", "launcher", "cache"),
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,6 +73,7 @@ def prune(
     revision: str | None = None,
     overwrite: bool = False,
     dry_run: bool = False,
+    cache: PathLike | Literal[False] | None = None,
     **options: Any,
 ) -> PruneResult:
     """Collect, plan, apply, verify and, with tasks, evaluate. Everything that can be refused is refused first.
@@ -90,6 +94,8 @@ def prune(
         revision: of a Hub model.
         overwrite: replace a folder that is not empty.
         dry_run: check everything, preview the size and the engines, and run nothing.
+        cache: folder where the results of ``model`` on the tasks are kept and taken from, by default the user's own;
+            False is none.
         options: other fields of :class:`moeprune._options.CalibrationOptions`,
             :class:`moeprune.planner.Decisions` and :class:`moeprune.evaluation.settings.EvalSettings`; what several
             have, such as ``seed`` and ``device``, holds for all of them.
@@ -104,7 +110,7 @@ def prune(
     refuse_many("prune")
     sources, names = several(calibration), several(tasks)
     check_margin(margin)
-    _check_evaluated(names, options, bundled=model is None)
+    _check_evaluated(names, {**options, "cache": cache}, bundled=model is None)
     if model is None:
         model, sources, names, options = _bundled(sources, names, options)
         searches = Allocation.parse(budget).searched or strategy == AUTO.name
@@ -127,14 +133,14 @@ def prune(
     if dry_run:
         expected = expected_of(checkpoint, settings, data, output=target) if data else None
         return PruneResult(output=target, plan=look, forecast=expected)
-    facts = bool(FACTS.keys() & resolve(strategy).needs)
+    facts = any(known(name).point == "weights" for name in resolve(strategy).needs)
     with collected(checkpoint, settings, data, output=target, facts=facts) as statistics:
         with subset_loss_of(checkpoint, settings, data, resolve(strategy), output=target) as subset_loss:
             made = _planned(checkpoint, statistics, wanted, subset_loss, text, target)
         records = _records(statistics)
         apply_drop(checkpoint, made, target, max_shard_size=max_shard_size, overwrite=overwrite, extra=records)
     result = PruneResult(output=target, plan=made, statistics=statistics, verification=verify_drop(checkpoint, target))
-    return _evaluated(result, checkpoint, evaluation, margin) if evaluation else result
+    return _evaluated(result, checkpoint, evaluation, margin, cache_folder(cache)) if evaluation else result
 
 
 def _planned(
@@ -147,8 +153,7 @@ def _planned(
 ) -> PruningPlan:
     """The plan, with whatever runs the model to find it."""
     with selection_evaluator(checkpoint, text, output=target) as evaluator:
-        fingerprint = text.data.fingerprint if text else ""
-        return decide(checkpoint, statistics, wanted, subset_loss, evaluator, fingerprint)
+        return decide(checkpoint, statistics, wanted, subset_loss, evaluator, text.data if text else None)
 
 
 def _default_output(model: PathLike, checkpoint: Checkpoint, wanted: Decisions) -> Path:
@@ -171,11 +176,14 @@ def _load(checkpoint: Checkpoint, settings: CalibrationOptions, wanted: Decision
     return data
 
 
-def _evaluated(result: PruneResult, base: Checkpoint, settings: EvalSettings, margin: float) -> PruneResult:
+def _evaluated(
+    result: PruneResult, base: Checkpoint, settings: EvalSettings, margin: float, cache: Path | None
+) -> PruneResult:
     """Evaluate a checkpoint that was written."""
     report_folder = result.output / PROVENANCE / "report"
     try:
-        report = evaluate_checkpoints(base, open_checkpoint(result.output), settings, report_folder, margin=margin)
+        pruned = open_checkpoint(result.output)
+        report = evaluate_checkpoints(base, pruned, settings, report_folder, margin=margin, cache=cache)
     except EvaluationError as error:
         hint = f"the checkpoint {result.output} is complete: try again with `moeprune eval`"
         raise EvaluationError(error.message, "; ".join(filter(None, (error.hint, hint)))) from error

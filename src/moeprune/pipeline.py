@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from moeprune._files import PathLike, begin_work, check_free_space, check_output_file, check_output_folder
 from moeprune._options import CalibrationOptions, budget_of, by_stage, check_margin, eval_settings, several
@@ -17,6 +17,7 @@ from moeprune.choosing import decide
 from moeprune.collecting import collected, expected_of
 from moeprune.collectors.distributed import process_group
 from moeprune.errors import ConfigError
+from moeprune.evaluation.cache import cache_folder
 from moeprune.planner import Blend, Decisions, Protected, check_decisions, derive
 from moeprune.plans import MtpPolicy, PruningPlan
 from moeprune.rewrite.drop import DEFAULT_SHARD_SIZE, apply_drop, check_output, keep_lists, output_tensors
@@ -29,6 +30,7 @@ from moeprune.strategies.allocate import Allocation
 if TYPE_CHECKING:
     from moeprune.evaluation.compare import EvalReport
     from moeprune.evaluation.settings import EvalSettings
+    from moeprune.evaluation.tasks import TaskOutlook
     from moeprune.rewrite.verify import Verification
     from moeprune.streaming.forecast import Forecast
 
@@ -210,8 +212,7 @@ def plan(
     running_options = CalibrationOptions(seed=seed, **given)
     text = load_selection(checkpoint, running_options, several(selection), wanted.allocation, resolve(strategy))
     with selection_evaluator(checkpoint, text, output=Path(output) if output else None) as evaluator:
-        fingerprint = text.data.fingerprint if text else ""
-        made = decide(checkpoint, stats, wanted, evaluator=evaluator, selection=fingerprint)
+        made = decide(checkpoint, stats, wanted, evaluator=evaluator, selection=text.data if text else None)
     if output is not None:
         begin_work()
         made.save(output)
@@ -315,6 +316,7 @@ def evaluate(
     margin: float = 1.0,
     revision: str | None = None,
     overwrite: bool = False,
+    cache: PathLike | Literal[False] | None = None,
     **settings: Any,
 ) -> EvalReport:
     """Run lm-eval tasks on two checkpoints with identical requests and report the change per task.
@@ -322,11 +324,12 @@ def evaluate(
     Args:
         base: the original, folder or Hub id.
         pruned: the other one.
-        tasks: names of lm-eval tasks or groups.
-        output: folder for ``report.json``, ``report.md`` and lm-eval's own output.
+        tasks: names of lm-eval tasks or groups, or of presets such as ``mc``.
+        output: folder for ``report.json``, ``report.md``, ``report.html`` and lm-eval's own output.
         margin: loss in points that would still be acceptable, stated before the run.
         revision: of a base on the Hub.
         overwrite: replace the report in ``output``.
+        cache: folder where the results of ``base`` are kept and taken from, by default the user's own; False is none.
         settings: other fields of :class:`moeprune.evaluation.settings.EvalSettings`, such as ``include_path``.
 
     Raises:
@@ -340,7 +343,39 @@ def evaluate(
     check_margin(margin)
     check_output_folder(output, overwrite=overwrite)
     pair = open_checkpoint(base, revision=revision), open_checkpoint(pruned)
-    return evaluate_checkpoints(*pair, wanted, Path(output), margin=margin, overwrite=overwrite)
+    kept = cache_folder(cache)
+    return evaluate_checkpoints(*pair, wanted, Path(output), margin=margin, overwrite=overwrite, cache=kept)
+
+
+def outlook(
+    base: PathLike,
+    pruned: PathLike,
+    *,
+    tasks: Sequence[str] | str,
+    output: PathLike,
+    margin: float = 1.0,
+    revision: str | None = None,
+    overwrite: bool = False,
+    **settings: Any,
+) -> list[TaskOutlook]:
+    """Check all that :func:`evaluate` would check before it loads a model, and say what each task would ask.
+
+    Args:
+        base, pruned, tasks, output, margin, revision, overwrite, settings: as for :func:`evaluate`.
+
+    Raises:
+        EvaluationError: a task cannot run, or a model cannot be asked that way.
+    """
+    from moeprune.evaluation.harness import check_pair, preflight
+
+    wanted = eval_settings(several(tasks), settings)
+    check_margin(margin)
+    check_output_folder(output, overwrite=overwrite)
+    pair = open_checkpoint(base, revision=revision), open_checkpoint(pruned)
+    if pair[1].own_counts:
+        check_can_load(wanted)
+    check_pair(pair[0].path, pair[1].path, wanted, Path(output), overwrite=overwrite)
+    return preflight(wanted)
 
 
 def evaluate_checkpoints(
@@ -351,11 +386,13 @@ def evaluate_checkpoints(
     *,
     margin: float,
     overwrite: bool = False,
+    cache: Path | None = None,
 ) -> EvalReport:
-    """Evaluate two opened checkpoints and write the report."""
+    """Evaluate two opened checkpoints and write the report; the first one's results may come from the cache."""
     if pruned.own_counts:
         check_can_load(settings)
     from moeprune.evaluation.harness import evaluate_pair
+    from moeprune.evaluation.page import write_page
     from moeprune.evaluation.report import write_report
 
     report = evaluate_pair(
@@ -366,8 +403,10 @@ def evaluate_checkpoints(
         margin=margin,
         overwrite=overwrite,
         fingerprints={"base": base.fingerprint, "pruned": pruned.fingerprint},
+        cache=cache,
     )
     write_report(report, output)
+    write_page(output, pruned.path)
     return report
 
 
@@ -396,7 +435,7 @@ def compare(
         pruned: the pruned model's.
         margin: loss in points that would still be acceptable.
         metrics: primary metric by task, such as ``{"arc_easy": "acc_norm"}``.
-        output: folder for ``report.json`` and ``report.md``.
+        output: folder for ``report.json``, ``report.md`` and ``report.html``.
         overwrite: replace the report in ``output``.
 
     Raises:
@@ -407,6 +446,7 @@ def compare(
         >>> [task.verdict for task in report.tasks]
     """
     from moeprune.evaluation.compare import compare_folders
+    from moeprune.evaluation.page import write_page
     from moeprune.evaluation.report import write_report
 
     check_margin(margin)
@@ -416,6 +456,7 @@ def compare(
     if output is not None:
         begin_work()
         write_report(report, Path(output))
+        write_page(Path(output))
     return report
 
 

@@ -260,7 +260,6 @@ TEXTS = [
     Case("gate", TEXT + " --fail-on loss", "--fail-on does nothing with --text", "leave it out"),
     Case("memory of tasks", EVAL + " --memory 1GB", "--memory does nothing with --tasks", "leave it out"),
     Case("streamed tasks", EVAL + " --no-stream", "--stream does nothing with --tasks", "leave it out"),
-    Case("dry run of tasks", EVAL + " --dry-run", "--dry-run does nothing with --tasks", "leave it out"),
     Case("no plan", "eval {base} --text {ids} -o report", "PRUNED", "moeprune eval --help"),
     Case("plan missing", "eval {base} gone.json --text {ids} -o report", "cannot read gone.json", ""),
     Case("plan that is none", "eval {base} {ids} --text {ids} -o report", "is not valid JSON", ""),

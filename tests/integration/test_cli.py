@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -20,7 +21,10 @@ from moeprune._options import CalibrationOptions
 from moeprune.evaluation.settings import EvalSettings
 from moeprune.planner import Decisions
 
-COMMANDS = ["prune", "collect", "stats merge", "plan", "apply", "verify", "eval", "compare", "inspect", "strategies"]
+COMMANDS = [
+    *("prune", "collect", "stats merge", "plan", "apply", "verify", "eval", "compare", "report", "inspect", "sweep"),
+    *("strategies", "statistics", "architectures"),
+]
 
 
 class Done(NamedTuple):
@@ -202,6 +206,7 @@ def test_prune_evaluates_when_tasks_are_named(run: Run, speaker: Path, in_scratc
     done = run("prune", model, *given, "-o", "out", *options)
     assert "NOT the full benchmark: tiny_one 8 of 20" in done.out
     assert f"report: {Path('out/moeprune/report/report.md')}" in done.out
+    assert f"page: {Path('out/moeprune/report/report.html')}" in done.out
     report = json.loads(Path("out/moeprune/report/report.json").read_text())
     assert (report["command"]["batch_size"], report["limit"], len(report["tasks"])) == (4, 8, 1)
     done = run("prune", model, *given, "-o", "silent", "--json")
@@ -214,11 +219,12 @@ def test_eval_and_compare_agree(run: Run, speaker: Path) -> None:
     model, options = speaker / "model", ["--include-path", speaker / "tasks", "-o", "report"]
     run("prune", model, "--ratio", "0.5", "--strategy", "random", "-o", "out")
     report = run("eval", model, "out", "--tasks", "tiny_one,tiny_two", *options, "--json").result
-    assert sorted(path.name for path in Path("report").iterdir()) == ["base", "pruned", "report.json", "report.md"]
+    files = ["base", "pruned", "report.html", "report.json", "report.md"]
+    assert sorted(path.name for path in Path("report").iterdir()) == files
     assert json.loads(Path("report/report.json").read_text()) == report
     again = run("compare", "report/base", "report/pruned", "--json", "-o", "again").result
     assert again["tasks"] == report["tasks"]
-    assert Path("again/report.md").is_file()
+    assert all(Path("again", name).is_file() for name in ("report.md", "report.html"))
     run("eval", model, "out", "--tasks", "tiny_one", *options, code=2)
     report = run("eval", model, "out", "--tasks", "tiny_one", *options, "--overwrite", "--limit", "5", "--json").result
     assert [(task["task"], task["n"]) for task in report["tasks"]] == [("tiny_one", 5)]
@@ -361,10 +367,12 @@ def test_lists_name_everything(run: Run) -> None:
     """Strategies with their papers and the default, architectures with the engines that load them."""
     assert run("strategies").out.count("[default]") == 1
     found = run("strategies", "--json").result
-    assert set(found) == set(moeprune.strategies.BUILTIN)
+    assert set(found) == {*moeprune.strategies.BUILTIN, moeprune.strategies.AUTO.name}
     assert [name for name, item in found.items() if item["default"]] == [moeprune.strategies.DEFAULT]
-    assert "deepseek_v3    transformers, vllm" in run("architectures").out
+    assert re.search("^deepseek_v3 +transformers, vllm", run("architectures").out, flags=re.MULTILINE)
     assert set(run("architectures", "--json").result) == set(moeprune.architectures.ARCHITECTURES)
+    assert set(run("statistics", "--json").result) == set(moeprune.catalogue.BUILTIN)
+    assert re.search(r"^gram +\[E, E\] sum over those of .*⟩$", run("statistics").out, flags=re.MULTILINE)
 
 
 def test_version_and_help(run: Run) -> None:
@@ -436,7 +444,7 @@ def test_tracebacks_only_when_asked_for(run: Run, base: Path, tmp_path: Path) ->
 
 def test_unexpected_errors_ask_for_a_report(run: Run, base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A defect is one line too, and says how to report it."""
-    monkeypatch.setattr("moeprune.checkpoint.open_checkpoint", lambda *_, **__: 1 / 0)
+    monkeypatch.setattr("moeprune.inspecting.open_checkpoint", lambda *_, **__: 1 / 0)
     err = run("inspect", base, code=2).err
     assert err.splitlines() == [
         "error: unexpected ZeroDivisionError: division by zero",

@@ -32,7 +32,7 @@ def probe(*commands: list[str]) -> Any:
 
 
 def test_stages_that_copy_bytes_never_load_torch(checkpoint_of: Callable[[str], Path], tmp_path: Path) -> None:
-    """Help, plan, apply, verify and inspect run without torch, transformers, datasets, lm-eval or scipy."""
+    """Help, plan, apply, verify, inspect and report run without torch, transformers, datasets, lm-eval or scipy."""
     base = str(checkpoint_of("glm4_moe"))
     statistics, plan, out = (str(tmp_path / name) for name in ("statistics.safetensors", "plan.json", "out"))
     moeprune.collect(base, statistics)
@@ -42,10 +42,13 @@ def test_stages_that_copy_bytes_never_load_torch(checkpoint_of: Callable[[str], 
         ["apply", base, plan, "-o", out],
         ["verify", base, out],
         ["inspect", out],
+        ["card", out],
+        ["push", out, "org/name", "--dry-run"],
+        ["report", out],
         ["strategies"],
         ["architectures"],
     )
-    assert found == {"codes": [0] * 7, "heavy": []}
+    assert found == {"codes": [0] * 10, "heavy": []}
 
 
 def test_help_takes_little_time() -> None:

@@ -18,16 +18,18 @@ FILES = {
 }
 # From the bottom to the top; a name stands for a module, or for a package with all of its modules.
 LAYERS = (
-    {"errors", "_files", "_version"},
+    {"errors", "_files", "_plugins", "_version", "_commands"},
     {"catalogue", "statistics", "plans", "architectures", "headers"},
     {"strategies", "checkpoint", "experts"},
     {"streaming"},
     {"calibration", "collectors", "rewrite", "runtime", "evaluation", "engines", "stability", "budgets"},
-    {"planner", "_options"},
+    {"planner", "_options", "inspecting", "publish"},
     {"collecting", "choosing"},
     {"pipeline", "scoring", "reconstructing"},
     {"oneshot"},
+    {"sweeping", "probing"},
     {"_cli_options", "_cli_output"},
+    {"_cli_eval", "_cli_inspect", "_cli_listing", "_cli_publish", "_cli_report", "_cli_probes", "_cli_sweep"},
     {"_cli_run"},
     {"cli"},
     {"__main__"},
@@ -35,9 +37,12 @@ LAYERS = (
 # Sideways, inside one layer: each of these is one-way.
 SIDEWAYS = {
     ("_files", "errors"),
+    ("_plugins", "errors"),
     ("_files", "_version"),
     ("statistics", "catalogue"),
+    ("statistics", "headers"),
     ("collectors", "calibration"),
+    ("evaluation", "rewrite"),
     ("evaluation", "runtime"),
     ("pipeline", "scoring"),
     ("runtime", "collectors"),

@@ -198,6 +198,28 @@ def test_lower_is_better_and_raw_units(tmp_path: Path) -> None:
     assert "its own scale" in report.warnings[0]
 
 
+def test_choice_kl_is_over_the_options_alone(tmp_path: Path) -> None:
+    """The two models' odds of a question's options, renormalised: by hand on two options, nothing without options."""
+    base, pruned = planted(20, 5, 0)
+    [row] = compare(tmp_path / "one", {"t": base}, {"t": pruned}).tasks
+    right, wrong = (1 / (1 + math.exp(-gap)) for gap in (1.0, -0.5))  # of option 0, which is base's own
+    moved = right * math.log(right / wrong) + (1 - right) * math.log((1 - right) / (1 - wrong))
+    assert row.choice_kl is not None
+    assert row.choice_kl.value == pytest.approx(5 * moved / 20)
+    assert 0 <= row.choice_kl.interval[0] < row.choice_kl.value < row.choice_kl.interval[1]
+    [same] = compare(tmp_path / "two", {"t": base}, {"t": base}).tasks
+    assert same.choice_kl is not None
+    assert (same.choice_kl.value, same.choice_kl.interval) == (0.0, (0.0, 0.0))
+    pruned[3]["filtered_resps"] = [["nan", "False"], ["-1.0", "False"]]
+    [broken] = compare(tmp_path / "three", {"t": base}, {"t": pruned}).tasks
+    assert broken.choice_kl is None
+    written = [sample(i, {"exact_match": 1.0}, filtered_resps=["a"]) for i in range(20)]
+    for side in ("base", "pruned"):
+        write_run(tmp_path / "four" / side, {"t": written}, configs={"t": {"output_type": "generate_until"}})
+    [free] = compare_folders(tmp_path / "four" / "base", tmp_path / "four" / "pruned").tasks
+    assert free.choice_kl is None
+
+
 def test_corpus_metrics_are_left_out_aloud(tmp_path: Path) -> None:
     """A task without a score per document is named in the warnings; alone it is an error."""
     rolling = [sample(i, {}, metrics=["word_perplexity"], word_perplexity=[-9.0, 4]) for i in range(4)]

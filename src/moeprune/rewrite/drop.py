@@ -275,6 +275,7 @@ def _manifest(written: Iterator[tuple[OutputTensor, str]]) -> dict[str, Any]:
 def provenance(checkpoint: Checkpoint, plan: PruningPlan, layout: Layout) -> dict[str, Any]:
     """Where a pruned checkpoint came from: no times, hosts or paths, so that equal runs give equal bytes."""
     return envelope("moeprune.provenance/1", plan.command, plan.inputs) | {
+        **({"source": checkpoint.hub_source} if checkpoint.hub_source else {}),
         "architecture": checkpoint.spec.model_type,
         "experts": {"before": checkpoint.num_experts, "after": plan.kept_by_layer},
         "tensors": layout.count,

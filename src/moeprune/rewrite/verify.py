@@ -57,6 +57,38 @@ def verify_drop(source: Checkpoint, output: PathLike) -> Verification:
     return Verification(tensors=len(found), nbytes=nbytes, files=len(files))
 
 
+def verify_manifest(output: Checkpoint) -> Verification:
+    """Re-read a pruned checkpoint and compare every tensor with the digest that was recorded when it was copied.
+
+    Less than :func:`verify_drop`: the source is not read again, and no file but the weights.
+
+    Raises:
+        CheckpointError: a tensor differs, is missing or is too much; the message names it.
+        ArtifactError: the checkpoint has no manifest.
+    """
+    manifest = read_artifact(output.path / PROVENANCE / "manifest.json", "moeprune.manifest/1").get("tensors", {})
+    odd = min(manifest.keys() ^ output.tensors.keys(), default=None)
+    if odd is not None:
+        where = "the manifest has no" if odd in output.tensors else "the weights lack the"
+        raise CheckpointError(f"{output.path}: {where} tensor {odd!r}", "apply the plan again")
+    with byte_bar("checking", output.nbytes) as bar:
+        for compared in in_threads(partial(_check_digests, manifest), _batches(map(_whole, output.tensors.values()))):
+            bar.update(compared)
+    return Verification(tensors=len(manifest), nbytes=output.nbytes, files=0)
+
+
+def _check_digests(manifest: Mapping[str, str], tensors: list[OutputTensor], reader: Reader) -> int:
+    for tensor, digest in zip(tensors, reader.digests(tensors), strict=True):
+        if digest != manifest[tensor.name]:
+            raise CheckpointError(f"tensor {tensor.name!r} is not what the manifest says", "apply the plan again")
+    return sum(tensor.nbytes for tensor in tensors)
+
+
+def _whole(entry: TensorEntry) -> OutputTensor:
+    segment = Segment(file=entry.file, begin=entry.begin, end=entry.end)
+    return OutputTensor(name=entry.name, dtype=entry.dtype, shape=entry.shape, segments=(segment,))
+
+
 def _same_bytes(file: Path, expected: bytes) -> None:
     if not file.is_file() or file.read_bytes() != expected:
         what = "is not what the source and the plan give" if file.is_file() else "is missing"
@@ -110,5 +142,4 @@ def _as_found(expected: OutputTensor, found: TensorEntry) -> OutputTensor:
         raise CheckpointError(
             f"tensor {found.name!r} is {found.dtype} {found.shape}, should be {expected.dtype} {expected.shape}"
         )
-    segment = Segment(file=found.file, begin=found.begin, end=found.end)
-    return OutputTensor(name=found.name, dtype=found.dtype, shape=found.shape, segments=(segment,))
+    return _whole(found)
