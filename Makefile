@@ -1,7 +1,7 @@
 # The commands of the README. Everything is installed into .venv; nothing outside this folder is touched.
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
-.PHONY: demo install test test-slow test-engines test-browser dist test-dist lint types format clean
+.PHONY: demo install test test-slow test-engines test-browser dist test-dist lint types docs format clean
 
 demo: install  ## Prune the bundled model to half of its experts and report what it costs.
 	$(BIN)/moeprune prune --ratio 0.5 --overwrite
@@ -74,6 +74,9 @@ lint: install
 
 types: install
 	$(BIN)/mypy
+
+docs: install  ## docs/cli.md, from the command line itself.
+	$(BIN)/python tools/cli_docs.py
 
 format: install
 	$(BIN)/ruff check --fix .

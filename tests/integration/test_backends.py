@@ -7,13 +7,14 @@ arguments and the whole way to the report are tested, and nothing of the engines
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -225,6 +226,16 @@ def script(tmp_path: Path) -> Callable[[str], str]:
     return written
 
 
+@contextlib.contextmanager
+def interruptible() -> Iterator[None]:
+    """Let an interrupt raise, also where a shell started the tests in the background and had it ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 def test_interrupt_ends_every_process(
     script: Callable[[str], str], model: Path, questions: Path, tmp_path: Path
 ) -> None:
@@ -245,7 +256,7 @@ def test_interrupt_ends_every_process(
 
     threading.Thread(target=interrupt).start()
     settings = settings_for(questions, "ask_first", launcher=launcher)
-    with pytest.raises(KeyboardInterrupt):
+    with interruptible(), pytest.raises(KeyboardInterrupt):
         run_in_process_of_its_own(model, settings, tmp_path / "out", questions, None)
     for pid in map(int, (tmp_path / "pids").read_text().split()):
         _wait_until_gone(pid)

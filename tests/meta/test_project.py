@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import runpy
 import shlex
 import sys
 import tomllib
@@ -38,6 +39,28 @@ def test_every_make_target_is_declared() -> None:
     for page in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").rglob("*.md")):
         named = re.findall(r"(?:`|^ {4})make ([a-z-]+)", page.read_text(encoding="utf-8"), flags=re.MULTILINE)
         assert set(named) <= targets, page.name
+
+
+def test_the_page_of_options_is_that_of_the_command_line() -> None:
+    """What `make docs` would write is what lies there."""
+    script = runpy.run_path(str(ROOT / "tools" / "cli_docs.py"))
+    assert script["PAGE"].read_text(encoding="utf-8") == script["render"](), "run `make docs`"
+
+
+def test_links_between_documents_lead_somewhere() -> None:
+    """Every relative link is to a file of the tree, and to a heading of it where it names one."""
+    for page in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").rglob("*.md")):
+        for target in re.findall(r"\]\((?!https?:)([^)\s]+)\)", page.read_text(encoding="utf-8")):
+            name, _, heading = target.partition("#")
+            file = (page.parent / name).resolve() if name else page
+            assert file.exists(), f"{page.name}: {target}"
+            assert not heading or heading in headings(file), f"{page.name}: {target}"
+
+
+def headings(page: Path) -> set[str]:
+    """Anchors of a page's headings, as forges make them."""
+    found = re.findall(r"^#+ (.*)$", page.read_text(encoding="utf-8"), flags=re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in found}
 
 
 def test_the_licences_of_the_project_travel_with_it() -> None:
