@@ -266,7 +266,11 @@ def test_ctrl_c_says_how_to_go_on(hub: Any, hub_environment: dict[str, str], run
     """Interrupted while it sends, a push ends with 130 and nothing to be seen on the Hub; the next one finishes it."""
     hub.pauses["PUT /_lfs/"] = threading.Event()
     command = [sys.executable, "-m", "moeprune", "push", str(out), NAME]
-    process = subprocess.Popen(command, env=hub_environment, stderr=subprocess.PIPE, text=True)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell may have it ignored, also for children
+    try:
+        process = subprocess.Popen(command, env=hub_environment, stderr=subprocess.PIPE, text=True)
+    finally:
+        signal.signal(signal.SIGINT, before)
     while not any(request.startswith("PUT") for request in hub.requests):
         assert process.poll() is None
         time.sleep(0.02)

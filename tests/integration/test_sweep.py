@@ -229,8 +229,11 @@ def test_people_and_programs_read_the_same(run: Callable[..., Done], inputs: dic
     for line, point in zip(lines[table + 1 : table + 3], found["points"], strict=True):
         assert line.split()[:2] == [point["ratio"], f"{point['kept']}/16"]
         assert f"{point['text']['kl']['value']:.3f}" in line
-    assert lines[-2] == found["summary"][0]
-    assert lines[-1] == f"report: {tmp_path / 'out' / 'sweep.md'}"
+    assert lines[-3] == found["summary"][0]
+    assert lines[-2:] == [f"report: {tmp_path / 'out' / 'sweep.md'}", f"page: {tmp_path / 'out' / 'report.html'}"]
+    page = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
+    assert "0.25" in page
+    assert "<script" not in page
     assert run(f"{text} --overwrite --json").out == (tmp_path / "out" / "sweep.json").read_text()
     assert "| 0.25 | 12/16 |" in (tmp_path / "out" / "sweep.md").read_text()
 
