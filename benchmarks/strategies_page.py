@@ -404,8 +404,8 @@ draw. *No better than `random`*: no draw of the calibration text gives a lower p
 choices."""
 
 
-_OBJECTIVE = """Rank correlation, over all strategies but `random` and `auto`, between the accuracy above chance that they
-keep and the closeness to the original on the selection text: by the mean divergence per token, all tokens alike
+_OBJECTIVE = """Rank correlation, over all strategies but `random` and `auto`, between the accuracy above chance that
+they keep and the closeness to the original on the selection text: by the mean divergence per token, all tokens alike
 or as the geometric mean over the domains of the text. `auto` goes by the latter, and this table is why: the choice
 between the two readings, unlike the choices that it makes, has seen the tasks."""
 
