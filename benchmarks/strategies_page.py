@@ -238,10 +238,11 @@ class Page:
             kl = np.mean([one.kl.sum() / one.tokens.sum() for one in found])
             top1 = 100 * np.mean([one.same.sum() / one.tokens.sum() for one in found])
             seconds = np.mean([run.seconds for run, _ in runs])
+            took = f"{seconds:.0f}" if seconds >= 10 else f"{seconds:.2g}"
             worst = self._by_task(model, name, ratio).min()
             yield (
                 f"| {_shown(name)} | {kept:.1f} ({low:.1f}..{high:.1f}) | {worst:.0f} | {_rises(found)} "
-                f"| {kl:.3f} | {top1:.1f} | {seconds:.2g} |"
+                f"| {kl:.3f} | {top1:.1f} | {took} |"
             )
 
     def _by_task(self, model: str, name: str, ratio: str) -> NDArray[np.float64]:
