@@ -140,6 +140,13 @@ def find(name: str) -> Statistic | None:
     return BUILTIN.get(name) or _published(name)
 
 
+def known(name: str) -> Statistic:
+    """The statistic of a name that was read or measured before."""
+    statistic = find(name)
+    assert statistic is not None, name  # noqa: S101 - names are checked where they come in
+    return statistic
+
+
 @functools.cache
 def _published(name: str) -> Statistic | None:
     plug_in = find_plug_in("statistic", name)

@@ -17,6 +17,7 @@ from moeprune._files import begin_work, check_free_space, hidden_sibling, human_
 from moeprune._options import CalibrationOptions
 from moeprune._version import __version__
 from moeprune.calibration import Batch, CalibrationSet
+from moeprune.catalogue import known
 from moeprune.checkpoint import Checkpoint
 from moeprune.collectors.distributed import (
     ALONE,
@@ -32,7 +33,7 @@ from moeprune.collectors.distributed import (
 )
 from moeprune.collectors.more import Request
 from moeprune.errors import CheckpointError, ConfigError, UnsupportedModelError
-from moeprune.statistics import STATISTICS, AnyArray, LayerArrays, RouterStatistics, known
+from moeprune.statistics import STATISTICS, AnyArray, LayerArrays, RouterStatistics
 
 if TYPE_CHECKING:
     import torch

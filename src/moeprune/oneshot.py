@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from moeprune._files import PathLike
 from moeprune._options import CalibrationOptions, budget_of, by_stage, check_margin, eval_settings, several
 from moeprune.calibration import CalibrationSet
+from moeprune.catalogue import known
 from moeprune.checkpoint import Checkpoint, open_checkpoint
 from moeprune.choosing import decide
 from moeprune.collecting import collected, expected_of
@@ -26,7 +27,7 @@ from moeprune.reconstructing import subset_loss_of
 from moeprune.rewrite.drop import DEFAULT_SHARD_SIZE, PROVENANCE, apply_drop, check_output
 from moeprune.rewrite.verify import verify_drop
 from moeprune.scoring import SelectionText, load_selection, selection_evaluator
-from moeprune.statistics import RouterStatistics, known
+from moeprune.statistics import RouterStatistics
 from moeprune.strategies import AUTO, DEFAULT, Criterion, GlobalCriterion, resolve
 from moeprune.strategies.allocate import Allocation
 

@@ -16,17 +16,16 @@ import functools
 import io
 import json
 import math
-import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from moeprune._files import PathLike, check_schema, envelope, parse_json, safetensors_header, write_atomic
-from moeprune.catalogue import FACTS, STATISTICS, Statistic, find, in_order, known_names
+from moeprune._files import PathLike, check_schema, envelope, safetensors_header, write_atomic
+from moeprune.catalogue import FACTS, STATISTICS, Statistic, find, in_order, known, known_names
 from moeprune.errors import (
     ArtifactError,
     ConfigError,
@@ -36,7 +35,7 @@ from moeprune.errors import (
     first_line,
     nearest,
 )
-from moeprune.headers import TensorEntry, read_header
+from moeprune.statistics_file import Lazy, check_published, decode, on_disk, open_file, stored_layers
 
 __all__ = ["STATISTICS", "LayerArrays", "LayerStatistics", "RouterStatistics", "Statistic", "merge_statistics"]
 
@@ -246,7 +245,7 @@ class RouterStatistics:
                 return self._combine(name, arrays[name], factors)
             return facts[name] if name in facts else rows[name]
 
-        values = _Lazy([*arrays, *facts, *rows], make)
+        values = Lazy([*arrays, *facts, *rows], make)
         return LayerStatistics(values, layer=index, num_experts=self.num_experts, seed=seed, weights=factors)
 
     @staticmethod
@@ -277,7 +276,7 @@ class RouterStatistics:
         def make(name: str) -> AnyArray:
             return part(total[name], first[name]) if known(name).merge == "sum" else total[name]
 
-        return _Lazy(first, make)
+        return Lazy(first, make)
 
     def merge(self, other: RouterStatistics) -> RouterStatistics:
         """Statistics of both together, see :func:`merge_statistics`."""
@@ -310,7 +309,7 @@ class RouterStatistics:
             self._metadata(),
         )
         for _, name, shape, arrays in entries:
-            yield _on_disk(name, arrays[name]).reshape(shape).tobytes()
+            yield on_disk(name, arrays[name]).reshape(shape).tobytes()
 
     def _stored_shape(self, name: str, arrays: Mapping[str, AnyArray]) -> tuple[int, ...]:
         statistic = known(name)
@@ -339,12 +338,12 @@ class RouterStatistics:
                 that holds numbers that are not finite raises it when it is read.
         """
         try:
-            file, metadata = _open(Path(path))
+            file, metadata = open_file(Path(path))
         except (OSError, MoePruneError) as error:
             hint = "check the path, or make it with `moeprune collect`"
             raise ArtifactError(f"cannot read statistics {path}: {first_line(error)}", hint) from error
         check_schema(metadata, SCHEMA, path)
-        read = functools.partial(_decode, metadata, path)
+        read = functools.partial(decode, metadata, path)
         domains, num_experts, inputs = tuple(read("domains", list)), read("num_experts", int), read("inputs", dict)
         if not all(isinstance(label, str) for label in (*domains, *inputs.values())) or len({*domains}) < len(domains):
             raise ArtifactError(f"{path}: the domains or inputs in its header are no distinct labels")
@@ -352,8 +351,8 @@ class RouterStatistics:
         if not all(type(size) is int and size > 0 for size in sizes.values()):
             raise ArtifactError(f"{path}: the sizes in its header are no whole numbers above 0")
         command = read("command", dict)
-        _check_published(file, command, path)
-        parts = _stored_layers(file, len(domains), {"E": num_experts, **sizes}, path)
+        check_published(file, command, path)
+        parts = stored_layers(file, len(domains), {"E": num_experts, **sizes}, path)
         return cls(
             domains=domains,
             num_experts=num_experts,
@@ -367,13 +366,6 @@ class RouterStatistics:
             rows=parts["sequences"],
             sizes=sizes,
         )
-
-
-def known(name: str) -> Statistic:
-    """The statistic of a name that was read or measured before."""
-    statistic = find(name)
-    assert statistic is not None, name  # noqa: S101 - names are checked where they come in
-    return statistic
 
 
 def _undomained(arrays: Mapping[str, AnyArray]) -> dict[str, AnyArray]:
@@ -539,7 +531,7 @@ def _sums(
             total[rows] = added(name, total[rows], array)
         return total
 
-    return _Lazy(parts[0][1], make)
+    return Lazy(parts[0][1], make)
 
 
 def _joined(
@@ -579,163 +571,3 @@ def _check_tokens(domains: Sequence[str], tokens: Sequence[AnyArray]) -> None:
 
 
 # --- the file ---------------------------------------------------------------------------------------------------------
-
-
-class _Lazy(Mapping[str, AnyArray]):
-    """Arrays by statistic that are made when they are asked for and not kept: all of them may not fit into memory."""
-
-    def __init__(self, names: Iterable[str], make: Callable[[str], AnyArray]) -> None:
-        self._names = tuple(names)
-        self._make = make
-
-    def __getitem__(self, name: str) -> AnyArray:
-        if name not in self._names:
-            raise KeyError(name)
-        return self._make(name)
-
-    def __contains__(self, name: object) -> bool:
-        return name in self._names
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._names)
-
-    def __len__(self) -> int:
-        return len(self._names)
-
-
-def _decode(metadata: Mapping[str, str], path: PathLike, key: str, kind: type[Any]) -> Any:
-    if key not in metadata:
-        raise ArtifactError(f"{path} has no {key!r} in its header")
-    value = parse_json(metadata[key], path)
-    if type(value) is not kind:
-        raise ArtifactError(f"{path} has a damaged {key!r} in its header")
-    return value
-
-
-def _on_disk(name: str, array: AnyArray) -> AnyArray:
-    return np.ascontiguousarray(array, dtype="<i8" if known(name).integer else "<f8")
-
-
-_DTYPES = {"I64": np.dtype("<i8"), "F64": np.dtype("<f8")}
-_PARTS = ("layers", "first_half", "weights", "sequences")
-
-
-def _check_published(file: _File, command: Mapping[str, Any], path: PathLike) -> None:
-    """Refuse a file that was made with packages that are not there, by their names."""
-    packages = dict(_packages(command))
-    for key in file.entries:
-        name = key.rpartition(".")[2]
-        if name in packages and find(name) is None:
-            raise ArtifactError(
-                f"{path} holds {name!r}, a statistic of {packages[name]}, which is not installed",
-                "install that package to read the file",
-            )
-
-
-def _packages(command: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    """Statistics that other packages measured, each with its package."""
-    parts = command.get("of")
-    for one in [command, *(parts if isinstance(parts, list) else [])]:
-        found = one.get("plug_ins") if isinstance(one, dict) else None
-        yield from found.items() if isinstance(found, dict) else ()
-
-
-def _open(path: Path) -> tuple[_File, dict[str, str]]:
-    """An opened statistics file and the strings of its header."""
-    handle = path.open("rb")
-    try:
-        entries, metadata = read_header(path)
-    except BaseException:
-        handle.close()
-        raise
-    return _File(handle, {entry.name: entry for entry in entries}), metadata
-
-
-class _File:
-    """An open safetensors file of 8-byte numbers, read array by array.
-
-    Not mapped into memory: what was read of a file of gigabytes would stay there, and count as the process's own.
-    """
-
-    def __init__(self, handle: BinaryIO, entries: Mapping[str, TensorEntry]) -> None:
-        self._handle, self.entries = handle, entries
-
-    def __del__(self) -> None:
-        """Close the file with the last array that could be read from it."""
-        self._handle.close()
-
-    def array(self, key: str) -> AnyArray:
-        """A new array, as it is stored.
-
-        Raises:
-            ArtifactError: the file is shorter than it was.
-        """
-        entry = self.entries[key]
-        self._handle.seek(entry.begin)
-        array = np.fromfile(self._handle, dtype=_DTYPES[entry.dtype], count=entry.numel)
-        if array.size != entry.numel:
-            raise ArtifactError(f"{entry.file} was cut short while it was read", "collect again")
-        return array.reshape(entry.shape)
-
-
-def _stored_layers(
-    file: _File, domains: int, sizes: Mapping[str, int], path: PathLike
-) -> dict[str, dict[int, Mapping[str, AnyArray]]]:
-    """The layers by part of a file whose header says what it should."""
-    names: dict[tuple[str, int], list[str]] = {}
-    for key, stored in file.entries.items():
-        part, layer, name = _read_key(key, path)
-        statistic = known(name)
-        free = {"S": stored.shape[0]} if stored.shape else {}
-        try:
-            expected = statistic.shape(sizes["E"], {**sizes, **free})
-        except KeyError as error:
-            raise ArtifactError(f"{path} has no size of the axis {error} in its header") from error
-        expected = (domains, *expected) if statistic.by_domain else expected
-        _check_stored(stored, key, expected, integer=statistic.integer, path=path)
-        names.setdefault((part, layer), []).append(name)
-    parts: dict[str, dict[int, Mapping[str, AnyArray]]] = {part: {} for part in _PARTS}
-    for (part, layer), held in sorted(names.items()):
-        parts[part][layer] = _Lazy(held, functools.partial(_read, file, path, f"{part}.{layer}"))
-    _check_parts(parts, path)
-    return parts
-
-
-def _read_key(key: str, path: PathLike) -> tuple[str, int, str]:
-    """Part, layer and statistic of a tensor's name."""
-    found = re.fullmatch(rf"({'|'.join(_PARTS)})\.(0|[1-9][0-9]{{0,8}})\.(\w+)", key)
-    statistic = find(found[3]) if found else None
-    homes = {"weights": "weights", "sequences": "sequences"}
-    if found is None or statistic is None or (found[1] if found[1] in homes else "") != homes.get(statistic.point, ""):
-        raise ArtifactError(
-            f"{path} holds an unknown statistic {key!r}", "was it made by a newer version, or with another plug-in?"
-        )
-    return found[1], int(found[2]), found[3]
-
-
-def _check_parts(parts: Mapping[str, Mapping[int, Mapping[str, AnyArray]]], path: PathLike) -> None:
-    layers = parts["layers"]
-    if not layers:
-        raise ArtifactError(f"{path} holds no layers")
-    for layer, arrays in parts["first_half"].items():
-        if set(arrays) != set(layers.get(layer, ())):
-            raise ArtifactError(f"{path}: the first half of layer {layer} does not hold the statistics of the whole")
-    for part in ("weights", "sequences"):
-        odd = sorted(parts[part].keys() - layers.keys())
-        if odd:
-            raise ArtifactError(f"{path} holds {part} of layer {odd[0]} and none of its sums")
-
-
-def _check_stored(stored: TensorEntry, key: str, expected: tuple[int, ...], *, integer: bool, path: PathLike) -> None:
-    if stored.shape != expected:
-        raise ArtifactError(f"{path}: {key!r} should be of shape {expected}, it is {stored.shape}")
-    if stored.dtype != ("I64" if integer else "F64"):
-        raise ArtifactError(f"{path}: {key!r} should not be of type {stored.dtype}")
-
-
-def _read(file: _File, path: PathLike, prefix: str, name: str) -> AnyArray:
-    array = file.array(f"{prefix}.{name}")
-    if not np.isfinite(array).all():
-        raise ArtifactError(f"{path}: {f'{prefix}.{name}'!r} holds numbers that are not finite")
-    array.flags.writeable = False  # what is written into it would be lost
-    return array

@@ -30,6 +30,7 @@ from moeprune._files import (
 )
 from moeprune._options import CalibrationOptions, budget_of, by_stage, check_margin, eval_settings, several
 from moeprune.calibration import CalibrationSet
+from moeprune.catalogue import known
 from moeprune.checkpoint import Checkpoint, open_checkpoint
 from moeprune.choosing import decide
 from moeprune.collecting import collected, does_not_fit, expected_of
@@ -54,7 +55,7 @@ from moeprune.scoring import (
     selection_evaluator,
     text_digests,
 )
-from moeprune.statistics import RouterStatistics, known
+from moeprune.statistics import RouterStatistics
 from moeprune.strategies import AUTO, DEFAULT, Criterion, GlobalCriterion, Strategy, resolve
 from moeprune.strategies.allocate import Allocation
 

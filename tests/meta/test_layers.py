@@ -19,7 +19,7 @@ FILES = {
 # From the bottom to the top; a name stands for a module, or for a package with all of its modules.
 LAYERS = (
     {"errors", "_files", "_plugins", "_version", "_commands"},
-    {"catalogue", "statistics", "plans", "architectures", "headers"},
+    {"catalogue", "statistics_file", "statistics", "plans", "architectures", "headers"},
     {"strategies", "checkpoint", "experts"},
     {"streaming"},
     {"calibration", "collectors", "rewrite", "runtime", "evaluation", "engines", "stability", "budgets"},
@@ -40,7 +40,9 @@ SIDEWAYS = {
     ("_plugins", "errors"),
     ("_files", "_version"),
     ("statistics", "catalogue"),
-    ("statistics", "headers"),
+    ("statistics", "statistics_file"),
+    ("statistics_file", "catalogue"),
+    ("statistics_file", "headers"),
     ("collectors", "calibration"),
     ("evaluation", "rewrite"),
     ("evaluation", "runtime"),

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from safetensors.numpy import load, save_file
 
-import moeprune.statistics
+import moeprune.statistics_file
 from moeprune.errors import ArtifactError, ConfigError, MoePruneError, StaleArtifactError, StrategyError
 from moeprune.statistics import (
     STATISTICS,
@@ -180,16 +180,31 @@ def test_files_without_halves_are_read(tmp_path: Path) -> None:
 def test_only_what_is_asked_for_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A strategy over one statistic of one layer reads that array, however large the file is."""
     reads: list[str] = []
-    read = moeprune.statistics._read
+    read = moeprune.statistics_file._read
     path = statistics("prose", "code").save(tmp_path / "s")
     monkeypatch.setattr(
-        moeprune.statistics,
+        moeprune.statistics_file,
         "_read",
         lambda file, path, prefix, name: (reads.append(name), read(file, path, prefix, name))[1],
     )
     layer = RouterStatistics.load(path).layer(4, {"code": 2.0})
     layer.gated_norm_sum  # noqa: B018
     assert reads == ["tokens", "gated_norm_sum"]
+
+
+def test_a_file_that_is_cut_short_after_it_was_opened_is_an_error(tmp_path: Path) -> None:
+    """An array whose bytes are gone is refused by the file's name, and one that was replaced is read as it was."""
+    path = statistics("prose").save(tmp_path / "s")
+    replaced = RouterStatistics.load(path)
+    before = np.array(loaded.layers[1]["count"])
+    statistics("prose", "code").save(path)
+    assert np.array_equal(replaced.layers[1]["count"], before)
+    path = statistics("prose").save(tmp_path / "t")
+    loaded = RouterStatistics.load(path)
+    with path.open("r+b") as handle:
+        handle.truncate(path.stat().st_size // 2)
+    with pytest.raises(ArtifactError, match="t was cut short"):
+        _ = [array for layer in loaded.layers.values() for array in layer.values()]
 
 
 def test_what_was_read_cannot_be_written(tmp_path: Path) -> None:

@@ -9,8 +9,8 @@ import functools
 from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
+from moeprune.catalogue import known
 from moeprune.collectors.weights import ExpertWeights, weights_of
-from moeprune.statistics import known
 
 if TYPE_CHECKING:
     import torch

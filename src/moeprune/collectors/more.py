@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from moeprune.catalogue import PATHS, ROWS, in_order
+from moeprune.catalogue import PATHS, ROWS, in_order, known
 from moeprune.collectors.measures import Slots, measure_of, slots_of
 from moeprune.collectors.residual import ResidualStream
 from moeprune.collectors.routes import Routes, transitions, wraps
@@ -17,7 +17,7 @@ from moeprune.collectors.sequences import describe
 from moeprune.collectors.weights import problem_of, sizes_of
 from moeprune.errors import UnsupportedModelError
 from moeprune.experts import ExpertLayer, slot_rows
-from moeprune.statistics import AnyArray, Statistic, known
+from moeprune.statistics import AnyArray, Statistic
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from moeprune.catalogue import known
 from moeprune.errors import ConfigError, MoePruneError
-from moeprune.statistics import AnyArray, known
+from moeprune.statistics import AnyArray
 
 if TYPE_CHECKING:
     import torch

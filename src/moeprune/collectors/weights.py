@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from moeprune.catalogue import known
 from moeprune.errors import UnsupportedModelError
-from moeprune.statistics import AnyArray, known
+from moeprune.statistics import AnyArray
 
 if TYPE_CHECKING:
     import torch
