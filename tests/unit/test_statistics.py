@@ -196,7 +196,7 @@ def test_a_file_that_is_cut_short_after_it_was_opened_is_an_error(tmp_path: Path
     """An array whose bytes are gone is refused by the file's name, and one that was replaced is read as it was."""
     path = statistics("prose").save(tmp_path / "s")
     replaced = RouterStatistics.load(path)
-    before = np.array(loaded.layers[1]["count"])
+    before = np.array(replaced.layers[1]["count"])
     statistics("prose", "code").save(path)
     assert np.array_equal(replaced.layers[1]["count"], before)
     path = statistics("prose").save(tmp_path / "t")
