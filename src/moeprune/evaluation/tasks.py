@@ -11,7 +11,7 @@ from typing import Any
 
 from moeprune.errors import EvaluationError, nearest
 from moeprune.evaluation.generation import answer_limit
-from moeprune.evaluation.presets import EXTRAS, PRIMARY_METRICS
+from moeprune.evaluation.presets import EXTRAS, PRESETS, PRIMARY_METRICS
 from moeprune.evaluation.settings import EvalSettings
 
 _LOCAL_LOADERS = {"json", "csv", "parquet", "arrow", "text", "pandas"}
@@ -98,7 +98,7 @@ def load_tasks(settings: EvalSettings, scratch: Path) -> LoadedTasks:
     for name in settings.tasks:
         matches = manager.match_tasks([name])
         if not matches:
-            failures.append((f"unknown task {name!r}", nearest(name, manager.all_tasks)))
+            failures.append((f"unknown task {name!r}", nearest(name, [*PRESETS, *manager.all_tasks])))
         for match in matches:
             failures += _load(manager, match, task_dict)
     for task in task_dict["tasks"].values():
