@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     Wrapper = Callable[[Experts, nn.Module, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
 NAME = "moeprune"  # of our function in transformers' experts interfaces
+GATES_ATTRIBUTE = "moeprune_gates"  # where a model that skips slots keeps its gates
 _SLOT_ELEMENTS = {True: 1 << 24, False: 1 << 28}  # of the (token, slot) rows that run at a time, on a CPU and elsewhere
 _ROWS_PER_EXPERT = {True: 32, False: 256}  # below that, reading an expert's weights takes as long as the arithmetic
 

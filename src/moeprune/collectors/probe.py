@@ -29,7 +29,7 @@ from moeprune.collectors.routes import Routes
 from moeprune.collectors.sums import LayerSums
 from moeprune.collectors.weights import facts_of, problem_of
 from moeprune.errors import ConfigError, MoePruneError, UnsupportedModelError, nearest
-from moeprune.experts import ExpertLayer, expert_layers, is_wrapped, slot_rows, wrapped_experts
+from moeprune.experts import GATES_ATTRIBUTE, ExpertLayer, expert_layers, is_wrapped, slot_rows, wrapped_experts
 from moeprune.statistics import STATISTICS, AnyArray, LayerArrays, RouterStatistics, added
 
 if TYPE_CHECKING:
@@ -469,6 +469,8 @@ def observe(
         >>> stats.save("statistics.safetensors")
     """
     model = _unwrapped(model)
+    if hasattr(model, GATES_ATTRIBUTE):
+        raise ConfigError("the model skips slots, and statistics are of models that run them all", "load it ungated")
     observation = Observation(
         model,
         domain=domain,
