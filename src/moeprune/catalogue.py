@@ -15,10 +15,12 @@ from typing import Any, Literal, get_args
 
 from moeprune._plugins import PlugIn, find_plug_in, published, published_names
 from moeprune.errors import ConfigError, nearest
+from moeprune.sketches import BINS
 
-Point = Literal["experts", "residual", "router", "routes", "weights", "sequences"]
+Point = Literal["experts", "residual", "router", "choices", "routes", "weights", "sequences"]
 PATHS = 8  # sequences of each domain that are described on their own, unless another number is asked for
-_OURS_ALONE = {"routes", "sequences"}  # points that other packages cannot name
+FIXED: Mapping[str, int] = MappingProxyType({"B": BINS})  # sizes of axes that no model decides
+_OURS_ALONE = {"choices", "routes", "sequences"}  # points that other packages cannot name
 _NO_NAMES = {"core", "all", "layer", "num_experts", "seed", "rng", "path_weight"}  # they mean something else
 _NO_SIZES: Mapping[str, int] = MappingProxyType({})
 
@@ -32,7 +34,8 @@ class Statistic:
     and half of the data, and is found by its name when it is published under ``moeprune.statistics``.
 
     Attributes:
-        axes: shape per layer and domain, in letters: E experts, H hidden size, I inner size of an expert, S sequences.
+        axes: shape per layer and domain, in letters: E experts, H hidden size, I inner size of an expert, S sequences,
+            B bins of a sketch (:mod:`moeprune.sketches`).
         meaning: the definition; sums run over the tokens routed to the expert unless it says otherwise. g is the weight
             the model really multiplied the expert's output f(x) by.
         merge: how two batches, and two files, combine.
@@ -40,8 +43,9 @@ class Statistic:
         point: where it is observed, and what ``measure`` is given. ``experts``:
             :class:`moeprune.collectors.measures.Slots`. ``residual``: the same with the residual stream. ``router``:
             logits [T, E]. ``weights``: :class:`moeprune.collectors.weights.ExpertWeights` of one expert at a time, to
-            be described without its first axis E; it has no axis of domains. ``routes`` (from layer to layer) and
-            ``sequences`` (one row each, which are joined) are of this package only.
+            be described without its first axis E; it has no axis of domains. ``choices`` (logits of the chosen
+            experts), ``routes`` (from layer to layer) and ``sequences`` (one row each, which are joined) are of this
+            package only.
         measure: the function; what this package defines needs none here.
 
     Example:
@@ -59,7 +63,8 @@ class Statistic:
 
     def shape(self, num_experts: int, sizes: Mapping[str, int] = _NO_SIZES) -> tuple[int, ...]:
         """Shape per layer and domain, with the sizes of axes other than E."""
-        return tuple(num_experts if axis == "E" else sizes[axis] for axis in self.axes)
+        known_sizes = {**sizes, **FIXED, "E": num_experts}
+        return tuple(known_sizes[axis] for axis in self.axes)
 
     @property
     def by_domain(self) -> bool:
@@ -91,6 +96,9 @@ MORE: Mapping[str, Statistic] = {
     ),
     "gated_in_sq_sum": Statistic(axes="EH", meaning="sum of (g x)² by element of the experts' input"),
     "gated_mid_sq_sum": Statistic(axes="EI", meaning="sum of (g u)² by element of the down projection's input"),
+    "gated_output_sum": Statistic(axes="EH", meaning="sum of g f(x)"),
+    "output_sum_all": Statistic(axes="EH", meaning="sum over all tokens of f(x), routed to the expert or not"),
+    "logit_gram": Statistic(axes="EE", meaning="sum over all tokens of z_i z_j, z the router's logits", point="router"),
     "transition_count": Statistic(
         axes="EE",
         meaning="tokens that the MoE layer before routed to i and this one to j",
@@ -103,6 +111,23 @@ MORE: Mapping[str, Statistic] = {
         meaning="at the first MoE layer: tokens that the last one routed to i and, the next token, the first one to j",
         integer=True,
         point="routes",
+    ),
+    "share_hist": Statistic(
+        axes="B", meaning="sketch of g over the sum of the token's gates, its top slot left out", integer=True
+    ),
+    "ratio_hist": Statistic(
+        axes="B", meaning="sketch of g over the token's largest gate, its top slot left out", integer=True
+    ),
+    "mass_hist": Statistic(
+        axes="B",
+        meaning="sketch of 1 - the share of the token's larger gates, its top slot left out",
+        integer=True,
+    ),
+    "score_hist": Statistic(
+        axes="B",
+        meaning="sketch of (1 + z / (1 + |z|)) / 2, z the router's logit of a chosen expert",
+        integer=True,
+        point="choices",
     ),
 }
 

@@ -25,7 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moeprune._files import PathLike, check_schema, envelope, safetensors_header, write_atomic
-from moeprune.catalogue import FACTS, STATISTICS, Statistic, find, in_order, known, known_names
+from moeprune.catalogue import FACTS, FIXED, STATISTICS, Statistic, find, in_order, known, known_names
 from moeprune.errors import (
     ArtifactError,
     ConfigError,
@@ -379,8 +379,7 @@ def _sizes_of(layers: Iterable[Mapping[str, AnyArray]]) -> dict[str, int]:
     for arrays in layers:
         for name, array in arrays.items():
             sizes |= dict(zip(known(name).axes, array.shape, strict=True))
-    sizes.pop("E", None)
-    return sizes
+    return {axis: size for axis, size in sizes.items() if axis != "E" and axis not in FIXED}
 
 
 def _rows_of_half(arrays: Mapping[str, AnyArray], half: int) -> Mapping[str, AnyArray]:

@@ -67,7 +67,10 @@ def close(found: Arrays, expected: Arrays, tolerance: float = 1e-5) -> None:
     assert found.keys() == expected.keys()
     for name, array in expected.items():
         assert found[name].shape == array.shape, name
-        if found[name].dtype.kind == "i":
+        if name.endswith("_hist"):  # a value beside an edge may fall on its other side
+            assert found[name].sum() == array.sum(), name
+            assert np.abs(np.cumsum(found[name] - array, axis=-1)).max() <= 3, name
+        elif found[name].dtype.kind == "i":
             np.testing.assert_array_equal(found[name], array, err_msg=name)
         else:
             scale = np.abs(array).max(initial=0)
@@ -280,11 +283,26 @@ def add_token(sums: Arrays, experts: Any, token: dict[str, torch.Tensor]) -> Non
         inner, outputs[expert] = run_by_hand(experts, expert, token["hidden"])
         sums["gated_in_sq_sum"][expert] += (gate * token["hidden"].double().numpy()) ** 2
         sums["gated_mid_sq_sum"][expert] += (gate * inner) ** 2
+        sums["gated_output_sum"][expert] += gate * outputs[expert]
+    for expert in range(experts.num_experts):
+        sums["output_sum_all"][expert] += run_by_hand(experts, expert, token["hidden"])[1]
+    sums["logit_gram"] += np.outer(*[token["logits"].double().numpy()] * 2)
     gates = dict(zip(token["index"].tolist(), token["gates"].tolist(), strict=True))
+    add_sketches(sums, sorted(gates.values(), reverse=True), [float(token["logits"][expert]) for expert in gates])
     after = stream + sum(gate * outputs[expert] for expert, gate in gates.items())
     turned = 1 - stream @ after / np.linalg.norm(stream) / np.linalg.norm(after)
     for expert, gate in gates.items():
         sums["easy_ep_sum"][expert] += max(turned, 0) * gate * np.linalg.norm(outputs[expert])
+
+
+def add_sketches(sums: Arrays, gates: list[float], logits: list[float]) -> None:
+    """Add one token's slots, its gates in descending order, to the histograms of 2048 bins."""
+    for slot in range(1, len(gates)):
+        sums["share_hist"][int(2048 * gates[slot] / sum(gates))] += 1
+        sums["ratio_hist"][min(2047, int(2048 * gates[slot] / gates[0]))] += 1
+        sums["mass_hist"][int(2048 * (1 - sum(gates[:slot]) / sum(gates)))] += 1
+    for logit in logits:
+        sums["score_hist"][int(1024 * (1 + logit / (1 + abs(logit))))] += 1
 
 
 def add_transition(sums: Arrays, before: dict[str, torch.Tensor], now: dict[str, torch.Tensor], token: int) -> None:

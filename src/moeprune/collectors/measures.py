@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from moeprune.catalogue import known
 from moeprune.collectors.weights import ExpertWeights, weights_of
+from moeprune.sketches import BINS
 
 if TYPE_CHECKING:
     import torch
@@ -65,6 +66,12 @@ class Slots:
 
         pieces = torch.split(self.outputs_TKH, _rows_of(self.outputs_TKH))
         return torch.cat([torch.linalg.vector_norm(piece.float(), dim=-1) for piece in pieces])
+
+    @functools.cached_property
+    def shares_TK(self) -> torch.Tensor:  # noqa: N802 - a tensor with its shape
+        """What each slot has of the sum of its token's gates, the largest first."""
+        shares_TK = self.gates_TK / self.gates_TK.sum(dim=-1, keepdim=True).clamp_min(1e-30)
+        return shares_TK.sort(dim=-1, descending=True).values
 
     @functools.cached_property
     def gates_TE(self) -> torch.Tensor:  # noqa: N802 - a tensor with its shape
@@ -135,10 +142,76 @@ def gated_mid_sq(slots: Slots) -> torch.Tensor:
     return torch.stack(rows)
 
 
-_BUILTIN: Mapping[str, Callable[[Slots], torch.Tensor]] = {
+def share_hist(slots: Slots) -> torch.Tensor:
+    """Shares of the slots in the sum of their token's gates, but for its top slot."""
+    return _sketch(slots.shares_TK[:, 1:])
+
+
+def ratio_hist(slots: Slots) -> torch.Tensor:
+    """Ratios of the slots to their token's top slot, but for itself."""
+    return _sketch(slots.shares_TK[:, 1:] / slots.shares_TK[:, :1].clamp_min(1e-30))
+
+
+def mass_hist(slots: Slots) -> torch.Tensor:
+    """What the larger slots of the token leave of its gates, but for its top slot."""
+    before_TK = slots.shares_TK.cumsum(dim=-1) - slots.shares_TK
+    return _sketch(1 - before_TK[:, 1:])
+
+
+def score_hist(logits_TE: torch.Tensor, experts_TK: torch.Tensor) -> torch.Tensor:
+    """Logits of the chosen experts, mapped to (0, 1)."""
+    chosen_TK = logits_TE.float().gather(1, experts_TK)
+    return _sketch((1 + chosen_TK / (1 + chosen_TK.abs())) / 2)
+
+
+def _sketch(values: torch.Tensor) -> torch.Tensor:
+    """What :func:`moeprune.sketches.sketch` counts."""
+    import torch
+
+    places = (values.reshape(-1) * BINS).long().clamp(0, BINS - 1)
+    return torch.bincount(places, minlength=BINS)
+
+
+def gated_output(slots: Slots) -> torch.Tensor:
+    """Gated outputs, by element (arXiv:2604.04356)."""
+    import torch
+
+    step, hidden = _rows_of(slots.outputs_TKH), slots.outputs_TKH.shape[-1]
+    total_EH = slots.gates_TK.new_zeros((slots.num_experts, hidden), dtype=torch.float64)
+    parts = (torch.split(part, step) for part in (slots.experts_TK, slots.gates_TK, slots.outputs_TKH))
+    for experts_RK, gates_RK, outputs_RKH in zip(*parts, strict=True):
+        gated_RKH = gates_RK[..., None] * outputs_RKH.float()
+        total_EH.index_add_(0, experts_RK.reshape(-1), gated_RKH.flatten(0, 1).double())
+    return total_EH
+
+
+def output_of_all(slots: Slots) -> torch.Tensor:
+    """Outputs of every expert for every token, by element (arXiv:2410.08589)."""
+    import torch
+
+    step, rows = _rows_of(slots.hidden_TH), []
+    for _, weights in slots.weights():
+        outputs = (weights.output(part_RH) for part_RH in torch.split(slots.hidden_TH, step))
+        rows.append(sum(output_RH.sum(dim=0, dtype=torch.float64) for output_RH in outputs))
+    return torch.stack(rows)  # type: ignore[arg-type]
+
+
+def logit_products(logits_TE: torch.Tensor) -> torch.Tensor:
+    """Inner products of the experts' logits over tokens (arXiv:2310.01334)."""
+    wide_TE = logits_TE.double()
+    return wide_TE.T @ wide_TE
+
+
+_BUILTIN: Mapping[str, Callable[[Any], torch.Tensor]] = {
     "easy_ep_sum": easy_ep,
     "gated_in_sq_sum": gated_in_sq,
     "gated_mid_sq_sum": gated_mid_sq,
+    "gated_output_sum": gated_output,
+    "output_sum_all": output_of_all,
+    "logit_gram": logit_products,
+    "share_hist": share_hist,
+    "ratio_hist": ratio_hist,
+    "mass_hist": mass_hist,
 }
 
 

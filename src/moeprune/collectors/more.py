@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from moeprune.catalogue import PATHS, ROWS, in_order, known
-from moeprune.collectors.measures import Slots, measure_of, slots_of
+from moeprune.catalogue import FIXED, PATHS, ROWS, in_order, known
+from moeprune.collectors.measures import Slots, measure_of, score_hist, slots_of
 from moeprune.collectors.residual import ResidualStream
 from moeprune.collectors.routes import Routes, transitions, wraps
 from moeprune.collectors.sequences import describe
@@ -74,11 +74,12 @@ class More:
         def at(*points: str) -> list[str]:
             return [name for name, statistic in wanted.items() if statistic.point in points]
 
-        self.summed = at("experts", "residual", "router", "routes")
+        self.summed = at("experts", "residual", "router", "choices", "routes")
         self.facts = at("weights")
         self.on_residual, self._on_routes, self._on_sequences = at("residual"), at("routes"), at("sequences")
         self._on_slots = {name: measure_of(name) for name in at("experts", "residual")}
         self._on_router = {name: measure_of(name) for name in at("router")}
+        self._on_choices = at("choices")
         self._first, self._last = layers[0], layers[-1]
         self._observed = {layer.index for layer in observed}
         self._paths, self._sequences = request.paths, request.sequences
@@ -120,7 +121,7 @@ class More:
         self, layer: ExpertLayer, sums: LayerSums, logits_TE: torch.Tensor, valid_T: torch.Tensor | None
     ) -> None:
         """A router ran."""
-        if self._on_sequences:
+        if self._on_sequences or self._on_choices:
             self._logits[layer.index] = logits_TE
         for name, measure in self._on_router.items():
             assert measure is not None  # noqa: S101 - only statistics of this package may lack one
@@ -158,7 +159,10 @@ class More:
         if self._on_routes:
             self._follow(layer, sums_of, valid_T, experts_TK, gates_TK)
         logits_TE = self._logits.pop(layer.index, None)
-        if logits_TE is not None:
+        if logits_TE is not None and self._on_choices:
+            kept = slice(None) if valid_T is None else valid_T
+            sums_of(layer).add("score_hist", score_hist(logits_TE[kept], experts_TK[kept]))
+        if logits_TE is not None and self._on_sequences:
             self._describe(layer, run, domain, valid_T, hidden_TH, experts_TK, gates_TK, logits_TE)
 
     def _follow(
@@ -249,9 +253,9 @@ def _check(layer: ExpertLayer, wanted: Mapping[str, Statistic]) -> None:
     """Refuse what cannot be measured on the layer."""
     sizes = sizes_of(layer.experts)
     for name, statistic in wanted.items():
-        missing = set(statistic.axes) - sizes.keys() - {"S"}
+        missing = set(statistic.axes) - sizes.keys() - FIXED.keys() - {"S"}
         problem = "its experts do not say how large they are" if missing else ""
-        if name == "gated_mid_sq_sum" or statistic.point == "weights":
+        if name in {"gated_mid_sq_sum", "output_sum_all"} or statistic.point == "weights":
             problem = problem or problem_of(layer.experts, elsewhere=True)
         if problem:
             raise UnsupportedModelError(

@@ -74,6 +74,13 @@ class ExpertWeights:
         inner_RI: torch.Tensor = self.module._apply_gate(both)  # noqa: SLF001 - what transformers' own kernels call
         return inner_RI
 
+    def output(self, hidden_RH: torch.Tensor) -> torch.Tensor:
+        """Output of the expert [R, H] for rows of its input, not multiplied by a gate."""
+        import torch
+
+        inner_RI = self.inner(hidden_RH)
+        return torch.nn.functional.linear(inner_RI, self._outputs_first("down_proj"), self.own.get("down_proj_bias"))
+
     def _of_both(self, part: int) -> torch.Tensor:
         both = self._outputs_first("gate_up_proj")
         return both.chunk(2)[part] if self.module.is_concatenated else both[part::2]
