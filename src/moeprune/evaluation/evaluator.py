@@ -1,8 +1,8 @@
-"""Score many plans on held-out text without writing any: how a search learns what its candidates cost."""
+"""Score many variants of a model on held-out text without writing any: how a search learns what its candidates cost."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
@@ -20,13 +20,53 @@ from moeprune.evaluation.agreement import (
     perplexity,
     perplexity_ratio,
 )
-from moeprune.experts import expert_layers
-from moeprune.runtime.masking import Mask, applied
+from moeprune.experts import ExpertLayer, expert_layers
+from moeprune.runtime.masking import Change, Mask, applied
 
 if TYPE_CHECKING:
+    import torch
     from transformers import PreTrainedModel
 
 KeepLists = Mapping[int, Sequence[int]]  # experts that stay by decoder layer; a layer that is absent keeps all
+
+
+class Variant:
+    """One way to run the model: what changes in each of its MoE layers.
+
+    Example:
+        >>> class Gated(Variant):
+        ...     def at(self, layer):
+        ...         return Gate(layer, policy, decisions[layer.index])
+        >>> [score] = evaluator.score([Gated()])
+    """
+
+    def at(self, layer: ExpertLayer) -> Change | None:
+        """What changes in a layer, whose weights are in memory; None leaves it as it is."""
+        raise NotImplementedError
+
+    def begin(self, rows: Sequence[int], ids_BT: torch.Tensor, mask_BT: torch.Tensor) -> None:
+        """Learn what runs next, through the whole model or through one layer of it.
+
+        Args:
+            rows: which documents the batch holds.
+            ids_BT: the tokens.
+            mask_BT: 1 for tokens, 0 for padding.
+        """
+
+
+class Masked(Variant):
+    """Only some experts are there.
+
+    Args:
+        keep: those that stay, by decoder layer; a layer that is absent keeps all.
+    """
+
+    def __init__(self, keep: KeepLists) -> None:
+        self._keep = keep
+
+    def at(self, layer: ExpertLayer) -> Mask | None:
+        """The mask of a layer."""
+        return Mask(layer, self._keep[layer.index]) if layer.index in self._keep else None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -88,6 +128,9 @@ class Evaluator(Protocol):
     def __call__(self, keeps: Sequence[KeepLists]) -> list[PlanScore]:
         """Score every plan on the same documents, in the order given."""
 
+    def score(self, variants: Sequence[Variant]) -> list[PlanScore]:
+        """Score any variants of the model likewise; of a batch they run in the order given."""
+
 
 def check_documents(sequences: Sequences) -> None:
     """Refuse a text from which nothing can be said.
@@ -122,6 +165,8 @@ class ResidentEvaluator:
         model: a transformers causal language model in evaluation mode; it is left as it is.
         sequences: token ids per document; the first token is only ever context.
         batch_tokens: most tokens, padding included, in one forward pass.
+        reference: the model whose predictions are the base's, where it is another one: the original of one that was
+            trained since.
 
     Raises:
         EvaluationError: fewer than two documents with a token to predict.
@@ -133,9 +178,16 @@ class ResidentEvaluator:
         >>> score.perplexity_ratio.value, score.agreement.top1.interval
     """
 
-    def __init__(self, model: PreTrainedModel, sequences: Sequences, batch_tokens: int = 8192) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        sequences: Sequences,
+        batch_tokens: int = 8192,
+        reference: PreTrainedModel | None = None,
+    ) -> None:
         check_documents(sequences)
-        self._model, self._sequences, self._batch_tokens = model, sequences, batch_tokens
+        self.model, self._sequences, self._batch_tokens = model, sequences, batch_tokens
+        self._reference = model if reference is None else reference
         self._layers = {layer.index: layer for layer in expert_layers(model)}
 
     def __call__(self, keeps: Sequence[KeepLists]) -> list[PlanScore]:
@@ -144,17 +196,29 @@ class ResidentEvaluator:
         Raises:
             PlanError: a plan names a layer that has no experts, or a router cannot work with a keep-list.
         """
-        masks = [self._masks(keep) for keep in keeps]
-        sums = [AgreementSums(len(self._sequences)) for _ in keeps]
-        passes = list(batches(self._sequences, self._batch_tokens)) if keeps else []
+        for keep in keeps:
+            check_layers(keep, self._layers)
+        return self.score([Masked(keep) for keep in keeps])
+
+    def score(self, variants: Sequence[Variant]) -> list[PlanScore]:
+        """Score any variants of the model; of a batch they run in the order given, after the base.
+
+        Raises:
+            PlanError: a layer cannot be changed as a variant says.
+        """
+        changes = [changes_of(variant, self._layers.values()) for variant in variants]
+        sums = [AgreementSums(len(self._sequences)) for _ in variants]
+        passes = list(batches(self._sequences, self._batch_tokens)) if variants else []
         for rows, ids_BT, mask_BT in progress(passes, "evaluating", unit="batch"):
-            base_BTV = logits_of(self._model, ids_BT, mask_BT)
-            for plan_masks, plan_sums in zip(masks, sums, strict=True):
-                with applied(plan_masks):
-                    plan_BTV = logits_of(self._model, ids_BT, mask_BT)
-                plan_sums.add(rows, base_BTV, plan_BTV, ids_BT, mask_BT)
+            base_BTV = logits_of(self._reference, ids_BT, mask_BT)
+            for variant, own, own_sums in zip(variants, changes, sums, strict=True):
+                variant.begin(rows, ids_BT, mask_BT)
+                with applied(own):
+                    other_BTV = logits_of(self.model, ids_BT, mask_BT)
+                own_sums.add(rows, base_BTV, other_BTV, ids_BT, mask_BT)
         return [PlanScore.of(one) for one in sums]
 
-    def _masks(self, keep: KeepLists) -> list[Mask]:
-        check_layers(keep, self._layers)
-        return [Mask(self._layers[index], experts) for index, experts in keep.items()]
+
+def changes_of(variant: Variant, layers: Iterable[ExpertLayer]) -> list[Change]:
+    """What a variant changes, in the order of the layers."""
+    return [change for layer in layers if (change := variant.at(layer)) is not None]

@@ -1,4 +1,4 @@
-"""Score many plans on a model that does not fit in memory: one pass over its weights serves all of them."""
+"""Score many variants of a model that does not fit in memory: one pass over its weights serves all of them."""
 
 from __future__ import annotations
 
@@ -7,9 +7,16 @@ from typing import TYPE_CHECKING
 
 from moeprune._files import progress
 from moeprune.evaluation.agreement import AgreementSums, Sequences, batches
-from moeprune.evaluation.evaluator import KeepLists, PlanScore, check_documents, check_layers
-from moeprune.experts import ExpertLayer, expert_layers
-from moeprune.runtime.masking import Mask
+from moeprune.evaluation.evaluator import (
+    KeepLists,
+    Masked,
+    PlanScore,
+    Variant,
+    check_documents,
+    check_layers,
+)
+from moeprune.experts import expert_layers
+from moeprune.runtime.masking import Change
 from moeprune.streaming.states import States
 from moeprune.streaming.stream import LayerStream
 
@@ -22,9 +29,9 @@ _PIECE = 1024  # tokens whose logits are in memory at a time
 
 
 class StreamedEvaluator:
-    """Scores plans layer by layer: the hidden states of the base model and of every plan advance side by side.
+    """Scores variants layer by layer: the hidden states of the base model and of each of them advance side by side.
 
-    Until the first layer that a plan masks, its states are the base model's and are not computed again.
+    Until the first layer that a variant changes, its states are the base model's and are not computed again.
 
     Args:
         stream: the checkpoint.
@@ -64,51 +71,62 @@ class StreamedEvaluator:
             PlanError: a plan names a layer that has no experts, or a router cannot work with a keep-list.
             CheckpointError: a file cannot be read; the message names it.
         """
-        import torch
-
         for keep in keeps:
             check_layers(keep, self._layers)
-        if not keeps:
+        return self.score([Masked(keep) for keep in keeps])
+
+    def score(self, variants: Sequence[Variant]) -> list[PlanScore]:
+        """Score any variants of the model; in every layer a batch runs through them in the order given.
+
+        Raises:
+            PlanError: a layer cannot be changed as a variant says.
+            CheckpointError: a file cannot be read; the message names it.
+        """
+        import torch
+
+        if not variants:
             return []
-        states = self._states(len(self._inputs) * (1 + len(keeps)))
+        states = self._states(len(self._inputs) * (1 + len(variants)))
         with torch.inference_mode():
             self._stream.embed(self._inputs, states)
-            apart = [False] * len(keeps)  # whether a plan's states are no longer the base model's
+            apart = [False] * len(variants)  # whether a variant's states are no longer the base model's
             for index in progress(range(self._stream.depth), "evaluating", unit="layer"):
-                self._advance(index, keeps, states, apart)
+                self._advance(index, variants, states, apart)
                 states.turn()
             return [PlanScore.of(sums) for sums in self._compare(states, apart)]
 
-    def _advance(self, index: int, keeps: Sequence[KeepLists], states: States, apart: list[bool]) -> None:
-        """Run one layer on the base model's states and on those of every plan that is apart from it."""
+    def _advance(self, index: int, variants: Sequence[Variant], states: States, apart: list[bool]) -> None:
+        """Run one layer on the base model's states and on those of every variant that is apart from it."""
         with self._stream.layer(index):
-            masks = [_mask(self._layers.get(index), keep) for keep in keeps]
+            layer = self._layers.get(index)
+            changes = [None if layer is None else variant.at(layer) for variant in variants]
             for batch, inputs in enumerate(self._inputs):
                 before = states.get(self._place(0, batch))
-                for plan, mask in enumerate(masks):
-                    if not apart[plan] and mask is None:
+                for number, (variant, change) in enumerate(zip(variants, changes, strict=True)):
+                    if not apart[number] and change is None:
                         continue
-                    own = states.get(self._place(1 + plan, batch)) if apart[plan] else before
-                    states.put(self._place(1 + plan, batch), self._run(index, own, inputs, mask))
-                # Last, because it may take the place of the states that the plans have just read.
+                    own = states.get(self._place(1 + number, batch)) if apart[number] else before
+                    variant.begin(self._rows[batch], inputs["input_ids"], inputs["attention_mask"])
+                    states.put(self._place(1 + number, batch), self._run(index, own, inputs, change))
+                # Last, because it may take the place of the states that the variants have just read.
                 states.put(self._place(0, batch), self._run(index, before, inputs, None))
-        for plan, mask in enumerate(masks):
-            apart[plan] = apart[plan] or mask is not None
+        for number, change in enumerate(changes):
+            apart[number] = apart[number] or change is not None
 
     def _run(
-        self, index: int, state: tuple[torch.Tensor, ...], inputs: Inputs, mask: Mask | None
+        self, index: int, state: tuple[torch.Tensor, ...], inputs: Inputs, change: Change | None
     ) -> tuple[torch.Tensor, ...]:
-        if mask is None:
+        if change is None:
             return self._stream.run(index, state, inputs)
-        with mask.applied():
+        with change.applied():
             return self._stream.run(index, state, inputs)
 
     def _compare(self, states: States, apart: Sequence[bool]) -> list[AgreementSums]:
-        """Add up what the logits of every plan say beside those of the base model."""
+        """Add up what the logits of every variant say beside those of the base model."""
         sums = [AgreementSums(self._documents) for _ in apart]
         with self._stream.head():
             for batch, inputs in enumerate(self._inputs):
-                places = [self._place(1 + plan if own else 0, batch) for plan, own in enumerate(apart)]
+                places = [self._place(1 + number if own else 0, batch) for number, own in enumerate(apart)]
                 ids_BT, mask_BT = inputs["input_ids"], inputs["attention_mask"]
                 for part in _overlapping(ids_BT.shape[1], max(2, _PIECE // len(ids_BT))):
                     base = self._logits(states, self._place(0, batch), inputs, part)
@@ -125,10 +143,6 @@ class StreamedEvaluator:
 
     def _place(self, copy: int, batch: int) -> int:
         return copy * len(self._inputs) + batch
-
-
-def _mask(layer: ExpertLayer | None, keep: KeepLists) -> Mask | None:
-    return Mask(layer, keep[layer.index]) if layer is not None and layer.index in keep else None
 
 
 def _overlapping(length: int, piece: int) -> Iterator[slice]:

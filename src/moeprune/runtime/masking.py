@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from moeprune.errors import CheckpointError, PlanError
 from moeprune.experts import ExpertLayer
@@ -20,6 +20,13 @@ if TYPE_CHECKING:
     from torch import nn
 
 _COUNTS = ("num_experts", "num_local_experts", "n_routed_experts")  # attributes that count routed experts
+
+
+class Change(Protocol):
+    """What makes one layer run otherwise, such as a mask or a gate."""
+
+    def applied(self) -> contextlib.AbstractContextManager[None]:
+        """Change the layer inside the block."""
 
 
 class Mask:
@@ -110,12 +117,43 @@ def masked(layers: Sequence[ExpertLayer], keep: Mapping[int, Sequence[int]]) -> 
 
 
 @contextlib.contextmanager
-def applied(masks: Iterable[Mask]) -> Iterator[None]:
-    """Apply masks of several layers together."""
+def applied(changes: Iterable[Change]) -> Iterator[None]:
+    """Apply changes of several layers together."""
     with contextlib.ExitStack() as stack:
-        for mask in masks:
-            stack.enter_context(mask.applied())
+        for change in changes:
+            stack.enter_context(change.applied())
         yield
+
+
+class _ChosenError(Exception):
+    """Ends a pass through a block once its router has chosen."""
+
+
+def chosen_by_some(layer: ExpertLayer, keep: Sequence[int], hidden_TH: torch.Tensor) -> torch.Tensor:
+    """Which experts a layer's router picks, [T, K], when it has the rows of some experts alone.
+
+    Args:
+        layer: with its router in memory.
+        keep: those experts, ascending.
+        hidden_TH: what the MoE block is given.
+
+    Returns:
+        Numbers of the original's experts.
+    """
+    found: list[torch.Tensor] = []
+
+    def catch(_: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+        found.append(args[1])
+        raise _ChosenError
+
+    with Mask(layer, keep).applied():
+        hook = layer.experts.register_forward_pre_hook(catch)  # behind the one that gives the original numbers
+        try:
+            with contextlib.suppress(_ChosenError):
+                layer.block(hidden_TH[None])
+        finally:
+            hook.remove()
+    return found[0]
 
 
 def _not_whole(layer: ExpertLayer) -> PlanError:
