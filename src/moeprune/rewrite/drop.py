@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -51,7 +51,7 @@ def config_edits(checkpoint: Checkpoint, kept: int, *, drop_mtp: bool) -> dict[s
 
 
 def edited_files(
-    checkpoint: Checkpoint, keep: Mapping[int, tuple[int, ...]], edits: Mapping[str, int]
+    checkpoint: Checkpoint, keep: Mapping[int, tuple[int, ...]], edits: Mapping[str, Any]
 ) -> dict[str, bytes]:
     """Files that do not travel as they are: the config, and a list of quantised modules where there is one.
 
@@ -213,31 +213,63 @@ def apply_drop(
     keep = keep_lists(plan)
     layout = lay_out(Remade(partial(output_tensors, checkpoint, keep)), max_shard_size)
     files = edited_files(checkpoint, keep, plan.config_edits)
+    origin = provenance(checkpoint, layout, plan.command, plan.inputs, plan.kept_by_layer, plan.config_edits)
+    records = {"plan": plan.to_dict(), "provenance": origin}
+    return write_folder(checkpoint, layout, files, output, records=records, extra=extra or {}, overwrite=overwrite)
+
+
+def write_folder(
+    checkpoint: Checkpoint,
+    layout: Layout,
+    files: Mapping[str, bytes],
+    output: PathLike,
+    *,
+    records: Mapping[str, Mapping[str, Any]],
+    extra: Mapping[str, bytes],
+    overwrite: bool,
+) -> Path:
+    """Write a checkpoint with its records; the folder appears whole or not at all, and a killed run goes on.
+
+    Args:
+        checkpoint: the source.
+        layout: which tensors go into which file.
+        files: those that do not travel as they are, by name.
+        output: new folder.
+        records: JSON files of the provenance folder, by name without suffix; the digests of all tensors are added.
+        extra: more files for the provenance folder, by name.
+        overwrite: replace a folder that is not empty.
+
+    Returns:
+        The finished folder.
+    """
     check_free_space(output, layout.nbytes)
     with resumable_folder(output, _job(checkpoint, layout), overwrite=overwrite) as journal:
         begin_work()
         written = write_checkpoint(checkpoint, layout, files, journal.folder, journal)
-        origin = provenance(checkpoint, plan, layout)
-        records = {"plan": plan.to_dict(), "manifest": _manifest(written), "provenance": origin}
-        _write_records(journal.folder / PROVENANCE, records, extra or {})
+        _write_records(journal.folder / PROVENANCE, {**records, "manifest": _manifest(written)}, extra)
     return Path(output)
 
 
 def _job(checkpoint: Checkpoint, layout: Layout) -> str:
-    """Everything that decides the bytes of the shards; the source's files are told apart by their times too."""
-    files = dict.fromkeys(entry.file for entry in checkpoint.tensors.values())
+    """Everything that decides the bytes of the shards; files that are read are told apart by their times too."""
     tensors = (
         (tensor.name, tensor.dtype, tensor.shape, *((part.file.name, part.begin, part.end) for part in tensor.segments))
         for tensor in layout.tensors
     )
+    read = dict.fromkeys(part.file for tensor in layout.tensors for part in tensor.segments)
     return job_key(
         itertools.chain(
             [__version__, checkpoint.fingerprint, sorted(checkpoint.shard_metadata.items())],
-            ((file.name, stat.st_size, stat.st_mtime_ns) for file in files for stat in [file.stat()]),
+            file_states(read),
             layout.shards,
             tensors,
         )
     )
+
+
+def file_states(files: Iterable[Path]) -> Iterator[tuple[str, int, int]]:
+    """Name, size and time of files, by which one that was written anew is told from what it was."""
+    return ((file.name, stat.st_size, stat.st_mtime_ns) for file in files for stat in [file.stat()])
 
 
 def write_checkpoint(
@@ -272,13 +304,20 @@ def _manifest(written: Iterator[tuple[OutputTensor, str]]) -> dict[str, Any]:
     }
 
 
-def provenance(checkpoint: Checkpoint, plan: PruningPlan, layout: Layout) -> dict[str, Any]:
-    """Where a pruned checkpoint came from: no times, hosts or paths, so that equal runs give equal bytes."""
-    return envelope("moeprune.provenance/1", plan.command, plan.inputs) | {
+def provenance(
+    checkpoint: Checkpoint,
+    layout: Layout,
+    command: Mapping[str, Any],
+    inputs: Mapping[str, str],
+    experts: object,
+    edits: Mapping[str, Any],
+) -> dict[str, Any]:
+    """Where a checkpoint came from: no times, hosts or paths, so that equal runs give equal bytes."""
+    return envelope("moeprune.provenance/1", command, inputs) | {
         **({"source": checkpoint.hub_source} if checkpoint.hub_source else {}),
         "architecture": checkpoint.spec.model_type,
-        "experts": {"before": checkpoint.num_experts, "after": plan.kept_by_layer},
+        "experts": {"before": checkpoint.num_experts, "after": experts},
         "tensors": layout.count,
         "bytes": {"before": checkpoint.nbytes, "after": layout.nbytes},
-        "config_edits": dict(plan.config_edits),
+        "config_edits": dict(edits),
     }
