@@ -147,6 +147,9 @@ class MoESpec:
         router: name inside a layer of every tensor with one row per expert, and the axis of those rows; every MoE
             layer must have all of them.
         shared: prefixes inside a layer that look like experts or routers and are neither.
+        width_key: config key of the inner size of a routed expert.
+        shared_count_key: config key of the number of shared experts, where together they are so many times as wide as a
+            routed one; empty where their width has a key of its own.
         section: the config's key of the object that describes the language model, where it is nested.
         count_keys: config keys that hold the number of routed experts; all that are present are edited.
         own_count_key: transformers' name for that number, where it is not the first of the keys.
@@ -167,6 +170,8 @@ class MoESpec:
     projections: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj")
     router: Mapping[str, int]
     shared: tuple[str, ...] = ()
+    width_key: str = "moe_intermediate_size"
+    shared_count_key: str = ""
     section: str = ""
     count_keys: tuple[str, ...]
     own_count_key: str = ""
@@ -272,6 +277,7 @@ def _deepseek_like(model_type: str, **changes: Any) -> MoESpec:
     values: dict[str, Any] = {
         "router": _GATE | _BIAS,
         "shared": ("mlp.shared_experts.",),
+        "shared_count_key": "n_shared_experts",
         "count_keys": ("n_routed_experts", "num_local_experts", "num_experts"),
         "group_keys": ("n_group", "topk_group"),
         "mtp_key": "num_nextn_predict_layers",
@@ -307,7 +313,7 @@ ARCHITECTURES: Mapping[str, MoESpec] = {
             mtp_key="mtp_num_hidden_layers",
             **_TOP_LEVEL_MTP,
         ),
-        _qwen_like("olmoe"),
+        _qwen_like("olmoe", width_key="intermediate_size"),
         _deepseek_like("glm4_moe"),
         _deepseek_like("glm4_moe_lite"),
         _deepseek_like("glm_moe_dsa"),
@@ -319,6 +325,7 @@ ARCHITECTURES: Mapping[str, MoESpec] = {
             experts=f"{_BLOCK}experts.",
             projections=("w1", "w3", "w2"),
             router={f"{_BLOCK}gate.weight": 0},
+            width_key="intermediate_size",
             count_keys=("num_local_experts",),
         ),
         MoESpec(
@@ -326,18 +333,21 @@ ARCHITECTURES: Mapping[str, MoESpec] = {
             experts=f"{_BLOCK}experts.",
             projections=("w1", "w3", "w2"),
             router={f"{_BLOCK}gate.weight": 0, f"{_BLOCK}e_score_correction_bias": 0},  # the bias is above the gate
+            width_key="intermediate_size",
             count_keys=("num_local_experts",),
             mtp_key="num_mtp_modules",
         ),
         MoESpec(
             model_type="gpt_oss",
             router={"mlp.router.weight": 0, "mlp.router.bias": 0},
+            width_key="intermediate_size",
             count_keys=("num_local_experts",),
         ),
         MoESpec(
             model_type="ernie4_5_moe",
             router=_GATE | {"mlp.moe_statics.e_score_correction_bias": 1},  # [1, E]
             shared=("mlp.shared_experts.",),
+            shared_count_key="moe_num_shared_experts",
             count_keys=("moe_num_experts",),
             top_k_key="moe_k",
             is_moe_layer=_sparse_interval,
