@@ -23,12 +23,18 @@ from moeprune.errors import EvaluationError, first_line
 from moeprune.evaluation.generation import DEFAULT_LIMIT, count_again, write_answers
 from moeprune.evaluation.samples import samples_files
 from moeprune.evaluation.settings import EvalSettings, launcher_command
+from moeprune.runtime.loading import load, needs_loading
 
 LOG = "lm_eval.log"
 _GRACE = 10.0  # seconds to end in before a process is killed
 _AN_ERROR = re.compile(r"(?:^|[\s:\]])((?:\w+\.)*\w*(?:Error|Exception|Interrupt)\b.*)")
 # Launchers and engines end in an error that only says that one of their processes failed.
 _HERALDS = ("ChildFailedError", "CalledProcessError", "Engine core initialization failed")
+# Arguments of lm-eval's hf class that say how a model is loaded, and mean nothing for one that is loaded already.
+_OF_LOADING = {
+    *("peft", "delta", "autogptq", "gptqmodel", "gguf_file", "subfolder", "revision", "tp_plan"),
+    *("max_memory_per_gpu", "max_cpu_memory", "offload_folder"),
+}
 _LINES = 200  # of the log's end, in which an error is looked for
 
 
@@ -109,6 +115,44 @@ def _count_cut_answers(output: Path, tokenizer: Path, settings: EvalSettings) ->
         return
     usual = int(settings.model_args.get("max_gen_toks", DEFAULT_LIMIT))
     write_answers(output, count_again(samples_files(output), loaded, usual))
+
+
+# --- checkpoints that only moeprune runs as their plans say -----------------------------------------------------------
+
+
+def check_runs_as_planned(model: Path, settings: EvalSettings) -> None:
+    """Refuse to evaluate a model by what would load it and pass over its plan.
+
+    Raises:
+        EvaluationError: another process, or another engine, would run it.
+    """
+    if not needs_loading(model):
+        return
+    if not settings.in_process:
+        raise EvaluationError(
+            f"{model} runs as its plan says only where moeprune loads it, and {settings.backend} in a process of its "
+            "own would pass over the plan",
+            "leave out --model and --launcher, or evaluate the checkpoint that it was made from",
+        )
+    odd = sorted(_OF_LOADING & settings.model_args.keys())
+    if odd:
+        hint = "evaluate it without that"
+        raise EvaluationError(f"{model} is loaded by moeprune, which has no model argument {odd[0]!r}", hint)
+
+
+def load_planned(model: Path, settings: EvalSettings, tokenizer: Path | None) -> dict[str, Any]:
+    """Arguments of lm-eval's hf class for a model that moeprune loads: what it does not know goes to transformers."""
+    import inspect
+
+    from lm_eval.models.huggingface import HFLM
+
+    arguments = model_arguments(model, settings, tokenizer) | {"pretrained": model}
+    whole = arguments.pop("parallelize", False)
+    options = {"dtype": arguments.pop("dtype"), "device_map": "auto" if whole else arguments.pop("device")}
+    for name in [name for name in arguments if name not in inspect.signature(HFLM).parameters]:
+        options[name] = arguments.pop(name)
+    own = load(arguments.pop("pretrained"), trust_remote_code=settings.trust_remote_code, **options)
+    return {"tokenizer": str(model.absolute()), **arguments, "pretrained": own}
 
 
 # --- the command ------------------------------------------------------------------------------------------------------

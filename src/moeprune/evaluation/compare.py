@@ -61,6 +61,8 @@ class TaskComparison:
             renormalised, the mean over documents with its 95 % interval.
         cut_base: answers of the base model that ended at the limit of ``max_gen_toks`` tokens, and ``cut_pruned`` those
             of the pruned one; None where nothing is generated or nobody counted.
+        skipped_base: share of the slots that the base model skipped on the task's tokens, and ``skipped_pruned`` the
+            other one; None of a model that has no gates.
     """
 
     task: str
@@ -88,6 +90,15 @@ class TaskComparison:
     max_gen_toks: int | None = None
     cut_base: int | None = None
     cut_pruned: int | None = None
+    skipped_base: float | None = None
+    skipped_pruned: float | None = None
+
+    @property
+    def skipped(self) -> str:
+        """What the two models skipped in percent, for people; empty where neither has gates."""
+        shares = (self.skipped_base, self.skipped_pruned)
+        shown = ["0" if share is None else f"{100 * share:.1f}" for share in shares]
+        return "" if shares == (None, None) else shown[1] if shares[0] is None else " / ".join(shown)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -344,6 +355,8 @@ def _compare_task(name: str, base: Run, pruned: Run, metric: str, filter_name: s
         max_gen_toks=answers.limit if answers else None,
         cut_base=answers.cut if answers else None,
         cut_pruned=other_answers.cut if other_answers else None,
+        skipped_base=base.skipped[name].rate if name in base.skipped else None,
+        skipped_pruned=pruned.skipped[name].rate if name in pruned.skipped else None,
     )
 
 

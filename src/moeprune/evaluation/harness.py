@@ -19,12 +19,19 @@ from typing import TYPE_CHECKING, Any
 
 from moeprune._files import begin_work, check_output_folder, parse_json, quiet
 from moeprune.errors import EvaluationError
-from moeprune.evaluation.backends import model_arguments, run_in_process_of_its_own
+from moeprune.evaluation.backends import (
+    check_runs_as_planned,
+    load_planned,
+    model_arguments,
+    run_in_process_of_its_own,
+)
 from moeprune.evaluation.cache import through_cache
 from moeprune.evaluation.compare import EvalReport, compare_folders
 from moeprune.evaluation.generation import AnswerWatch, write_answers
 from moeprune.evaluation.settings import EvalSettings, canonical_options, check_settings, context_length
+from moeprune.evaluation.skip_rates import RateWatch, write_skipped
 from moeprune.evaluation.tasks import LoadedTasks, TaskOutlook, load_tasks
+from moeprune.runtime.loading import needs_loading
 
 if TYPE_CHECKING:
     from torch import nn
@@ -91,6 +98,8 @@ def run_model(
         with prepare(settings) as own:
             return run_model(model, settings, output, loaded=own, tokenizer=tokenizer)
     check_output_folder(output, overwrite=False)
+    if isinstance(model, Path):
+        check_runs_as_planned(model, settings)
     if not settings.in_process:
         if not isinstance(model, Path):
             raise EvaluationError("a process of its own needs a checkpoint folder, not a loaded model")
@@ -131,7 +140,7 @@ def evaluate_pair(
         for label in _SIDES:
             shutil.rmtree(output / label, ignore_errors=True)
         measure = partial(run_model, base, settings, output / "base", loaded=loaded)
-        if cache is None:
+        if cache is None or needs_loading(base):  # then more decides than the cache knows of
             measure()
         else:
             through_cache(cache, base, settings, loaded, output / "base", measure)
@@ -155,6 +164,7 @@ def check_pair(base: Path, pruned: Path, settings: EvalSettings, output: Path, *
         if not (folder / "config.json").is_file():
             raise EvaluationError(f"the {label} model {folder} is not a checkpoint folder", "it has no config.json")
         check_output_folder(output / label, overwrite=overwrite)
+        check_runs_as_planned(folder, settings)
     _check_base(base, settings)
 
 
@@ -271,6 +281,8 @@ def _load_model(model: Model, settings: EvalSettings, tokenizer: Path | None) ->
     if not isinstance(model, Path):
         module, own_tokenizer = model
         return HFLM(pretrained=module, tokenizer=own_tokenizer, batch_size=settings.batch_size, **settings.model_args)
+    if needs_loading(model):
+        return HFLM(**load_planned(model, settings, tokenizer), batch_size=settings.batch_size)
     return HFLM(**model_arguments(model, settings, tokenizer), batch_size=settings.batch_size)
 
 
@@ -291,17 +303,19 @@ def _evaluate(lm: Any, name: str, settings: EvalSettings, output: Path, loaded: 
     )
     _seed(settings)
     loaded.configure(settings)
-    watch = AnswerWatch(lm)
-    results = evaluate(
-        lm=lm,
-        task_dict=loaded.task_dict,
-        limit=settings.limit,
-        bootstrap_iters=0,  # its unpaired standard errors are of no use to a paired comparison
-        log_samples=True,
-        apply_chat_template=chat,
-        fewshot_as_multiturn=chat,
-        confirm_run_unsafe_code=settings.confirm_run_unsafe_code,
-    )
+    watch, rates = AnswerWatch(lm), RateWatch(lm)
+    with rates.watching():
+        results = evaluate(
+            lm=lm,
+            task_dict=loaded.task_dict,
+            limit=settings.limit,
+            bootstrap_iters=0,  # its unpaired standard errors are of no use to a paired comparison
+            log_samples=True,
+            apply_chat_template=chat,
+            fewshot_as_multiturn=chat,
+            confirm_run_unsafe_code=settings.confirm_run_unsafe_code,
+        )
+    write_skipped(output, rates.count())
     samples = results.pop("samples")
     write_answers(output, watch.count(samples))
     results.update(_provenance(lm, settings))

@@ -27,6 +27,7 @@ def render_markdown(report: EvalReport) -> str:
     filters: Filters = {"signed": _signed, "interval": _interval, "pvalue": _p_value, "score": _score}
     units = "points" if all(row.unit == "points" for row in report.tasks) else "points, or the metric's own unit"
     values = {"report": report, "banner": banner(report), "legend": legend(report), "units": units}
+    values["gated"] = any(row.skipped for row in report.tasks)
     return render_template("report.md.j2", filters, **values)
 
 
@@ -52,7 +53,13 @@ def render_table(report: EvalReport) -> str:
         lines.insert(-1, "-" * len(lines[0]))
     notes = [banner(report)] if report.partial else []
     notes += [f"note: {warning}" for warning in report.warnings]
-    return "\n".join([*notes, *lines, legend(report)]) + "\n"
+    return "\n".join([*notes, *lines, legend(report), *_skipped(report)]) + "\n"
+
+
+def _skipped(report: EvalReport) -> list[str]:
+    """What gated models skipped by task, where there are any."""
+    shares = [f"{row.task} {row.skipped} %" for row in report.tasks if row.skipped]
+    return [f"slots skipped: {', '.join(shares)}"] if shares else []
 
 
 def aligned(rows: Sequence[tuple[str, ...]]) -> list[str]:

@@ -14,6 +14,7 @@ import numpy as np
 from moeprune._files import sha256_bytes
 from moeprune.errors import EvaluationError
 from moeprune.evaluation.generation import Answers, add_answers, read_answers
+from moeprune.evaluation.skip_rates import Skipped, add_skipped, read_skipped
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,12 +41,16 @@ class TaskSamples:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Run:
-    """What one lm-eval run left in its folder; how generated answers ended is known of runs that moeprune started."""
+    """What one lm-eval run left in its folder.
+
+    How generated answers ended, and what a gated model skipped, is known of runs that moeprune started.
+    """
 
     results: Mapping[str, Any]
     tasks: Mapping[str, TaskSamples]
     fingerprint: str
     answers: Mapping[str, Answers] = field(default_factory=dict)
+    skipped: Mapping[str, Skipped] = field(default_factory=dict)
 
 
 def read_run(folder: Path) -> Run:
@@ -63,7 +68,8 @@ def read_run(folder: Path) -> Run:
     except (KeyError, TypeError, ValueError, OSError, RecursionError) as error:
         raise EvaluationError(f"cannot read the lm-eval run in {path.parent}: {error!r}") from error
     digest = sha256_bytes(*(part for name, text in texts.items() for part in (name.encode(), text)))
-    return Run(results=results, tasks=tasks, fingerprint=digest, answers=read_answers(path.parent))
+    answers, skipped = read_answers(path.parent), read_skipped(path.parent)
+    return Run(results=results, tasks=tasks, fingerprint=digest, answers=answers, skipped=skipped)
 
 
 def pooled(run: Run) -> Run:
@@ -71,7 +77,7 @@ def pooled(run: Run) -> Run:
 
     MMLU's 57 subjects are one benchmark, not 57.
     """
-    tasks, answers = dict(run.tasks), dict(run.answers)
+    tasks, answers, skipped = dict(run.tasks), dict(run.answers), dict(run.skipped)
     for group in sorted(run.results.get("groups", {}), key=lambda name: -len(_members(run, name))):
         members = [name for name in _members(run, group) if name in tasks]
         if len(members) > 1 and len(members) == len(_members(run, group)):
@@ -80,7 +86,9 @@ def pooled(run: Run) -> Run:
                 counted = [answers.pop(name) for name in members if name in answers]
                 tasks = {name: task for name, task in tasks.items() if name not in members} | {group: whole}
                 answers |= {group: add_answers(counted)} if counted else {}
-    return replace(run, tasks=tasks, answers=answers)
+                seen = [skipped.pop(name) for name in members if name in skipped]
+                skipped |= {group: add_skipped(seen)} if seen else {}
+    return replace(run, tasks=tasks, answers=answers, skipped=skipped)
 
 
 def _members(run: Run, group: str) -> list[str]:

@@ -47,8 +47,25 @@ def load(path: PathLike, *, plan: PathLike | SkipPlan | None = None, **options: 
     """
     if plan is not None:
         return _load_with(path, plan, options)
+    path = _fetched(path, options.get("revision"))
     loader = _loader_of(path)
     return loader(Path(path), options) if loader is not None else _stock(path, options)
+
+
+def _fetched(path: PathLike, revision: str | None) -> PathLike:
+    """The folder of a Hub model that runs as its plan says only from there; any other is left to transformers."""
+    if Path(path).exists():
+        return path
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    from moeprune.checkpoint import open_checkpoint
+
+    try:
+        records = snapshot_download(str(path), revision=revision, allow_patterns=[f"{PLAN_FILE.parent}/*"])
+    except (HfHubHTTPError, LocalEntryNotFoundError, HFValidationError, OSError):
+        return path  # transformers says what is wrong
+    return open_checkpoint(path, revision=revision).path if needs_loading(records) else path
 
 
 def kind_of(path: PathLike) -> str:

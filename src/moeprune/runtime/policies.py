@@ -175,12 +175,12 @@ BUILTIN: Mapping[str, Policy] = {
 }
 
 
-# Policies that have to be trained: no text alone says what they skip. Plans know the second one by the first one's name.
+# Policies that have to be trained: no text alone says what they skip. In plans both are called by the first name.
 TRAINED: Mapping[str, Policy] = {
-    policy.name: policy
-    for policy in (
-        Policy(name=ZERO_EXPERTS, score=share, meaning="slots that zero experts win; needs --distill", keeps_top=False),
-        Policy(name=ZEDA, score=share, meaning="the same, trained as in the paper (ZEDA); needs --distill", keeps_top=False),
+    name: Policy(name=name, score=share, meaning=f"{meaning}: needs --distill", keeps_top=False)
+    for name, meaning in (
+        (ZERO_EXPERTS, "slots that zero experts win"),
+        (ZEDA, "the same, trained as in the paper (ZEDA)"),
     )
 }
 

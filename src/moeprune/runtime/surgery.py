@@ -157,7 +157,7 @@ def _check_tensors(model: PreTrainedModel, base: Checkpoint, expected: Sequence[
     for name, value in state.items():
         if value.is_meta:
             raise CheckpointError(f"tensor {name!r} is offloaded", "load the model without offloading to save it")
-    found = _named_as_on_disk(model, {name: value.to("meta") for name, value in state.items()})
+    found = named_as_on_disk(model, {name: value.to("meta") for name, value in state.items()})
     wanted, depth = set(), base.spec.depth(base.config)
     for tensor in expected:
         if tensor.name in found:
@@ -194,7 +194,7 @@ def _check_tensor(expected: OutputTensor, found: torch.Tensor) -> None:
         )
 
 
-def _named_as_on_disk(model: PreTrainedModel, state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def named_as_on_disk(model: PreTrainedModel, state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Undo the stacking of experts that transformers does when it loads a checkpoint."""
     from transformers.core_model_loading import revert_weight_conversion
 
@@ -210,7 +210,7 @@ def _overwrite_tensors(model: PreTrainedModel, wanted: Set[str], entries: Mappin
         layers[int(position[1]) if position else -1][name] = value
     done: set[str] = set()
     for layer in progress(sorted(layers), "saving", unit="layer"):
-        found = _named_as_on_disk(model, layers[layer])
+        found = named_as_on_disk(model, layers[layer])
         for name in wanted & found.keys():
             _overwrite(entries[name], found[name])
             done.add(name)

@@ -9,12 +9,15 @@ from pathlib import Path
 from typing import Any
 
 from moeprune._files import PathLike, read_artifact
+from moeprune.accounts import HEALING
 from moeprune.checkpoint import open_checkpoint
 from moeprune.errors import ArtifactError, ConfigError, StaleArtifactError
 from moeprune.evaluation.compare import EvalReport
 from moeprune.evaluation.curve import SCHEMA as SWEEP
 from moeprune.evaluation.probes import SCHEMA as PROBES
+from moeprune.evaluation.skip_report import SCHEMA as SKIP
 from moeprune.evaluation.text import SCHEMA as TEXT
+from moeprune.plan_kinds import AnyPlan, ChangePlan, load_plan
 from moeprune.plans import PruningPlan
 from moeprune.rewrite.drop import PROVENANCE
 from moeprune.statistics import RouterStatistics
@@ -28,22 +31,28 @@ class ReportSources:
 
     Attributes:
         report: what lm-eval's tasks say.
-        plan: which experts stay.
+        plan: which experts stay, where that is what was decided.
+        change: what else was decided: a plan of any other kind.
+        healing: what ``healing.json`` of a healed checkpoint holds.
         statistics: what calibration saw.
         provenance: what ``provenance.json`` of a pruned checkpoint holds.
         probes: what ``probes.json`` holds.
         sweep: what ``sweep.json`` holds.
         text: what ``text.json`` of ``moeprune eval --text`` holds.
+        skip: what ``skip.json`` holds: the cost of skipping on held-out text.
         digests: sha256 of the files that they were read from, by file name.
     """
 
     report: EvalReport | None = None
     plan: PruningPlan | None = None
+    change: ChangePlan | None = None
+    healing: Json | None = None
     statistics: RouterStatistics | None = None
     provenance: Json | None = None
     probes: Json | None = None
     sweep: Json | None = None
     text: Json | None = None
+    skip: Json | None = None
     digests: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -53,7 +62,7 @@ class ReportSources:
     @property
     def present(self) -> tuple[str, ...]:
         """Names of the artifacts that are there."""
-        return tuple(name for name in FILES if getattr(self, name) is not None)
+        return tuple(name for name in (*FILES, "change") if getattr(self, name) is not None)
 
 
 def _json(schema: str) -> Callable[[Path], Json]:
@@ -67,12 +76,14 @@ def _report(path: Path) -> EvalReport:
 # What each artifact's file is called, and how it is read.
 FILES: Mapping[str, tuple[str, Callable[[Path], Any]]] = {
     "report": ("report.json", _report),
-    "plan": ("plan.json", PruningPlan.load),
+    "plan": ("plan.json", load_plan),
+    "healing": ("healing.json", _json(HEALING)),
     "statistics": ("statistics.safetensors", RouterStatistics.load),
     "provenance": ("provenance.json", _json("moeprune.provenance/1")),
     "probes": ("probes.json", _json(PROBES)),
     "sweep": ("sweep.json", _json(SWEEP)),
     "text": ("text.json", _json(TEXT)),
+    "skip": ("skip.json", _json(SKIP)),
 }
 
 
@@ -122,11 +133,25 @@ def read(files: Mapping[str, Path]) -> ReportSources:
             values[name] = FILES[name][1](path)
         except OSError as error:
             raise ArtifactError(f"cannot read {path}: {error.strerror}", "check the path") from error
-    _check_equal({str(files[name]): model_of(value) for name, value in values.items()}, "was made for another model")
+    _check_base({str(files[name]): bases_of(value) for name, value in values.items()})
+    if "plan" in values and not isinstance(values["plan"], PruningPlan):
+        values["change"] = values.pop("plan")
     sources = ReportSources(**values, digests={path.name: _digest(path) for path in files.values()})
     _check_equal(_pruned(sources), "was made for another checkpoint")
     _check_equal(_plans(sources), "was made with another plan")
     return sources
+
+
+def _check_base(values: Mapping[str, tuple[str, ...]]) -> None:
+    """Refuse artifacts of different models; one that names no model says nothing."""
+    known = [(name, bases) for name, bases in values.items() if bases]
+    shared = {*known[0][1]} if known else set()
+    for name, bases in known[1:]:
+        shared &= {*bases}
+        if not shared:
+            raise StaleArtifactError(
+                f"{name} was made for another model than {known[0][0]}", "name folders that belong together"
+            )
 
 
 def _check_equal(values: Mapping[str, str], what: str, hint: str = "name folders that belong together") -> None:
@@ -158,20 +183,28 @@ def _pruned(sources: ReportSources) -> dict[str, str]:
 
 
 def _plans(sources: ReportSources) -> dict[str, str]:
-    """Digest of the plan, and of the one whose experts were masked for the probes."""
+    """Digest of the plan, of the one whose experts were masked for the probes, and of the one that was seen to skip."""
     masked = str(_inputs(sources.probes).get("plan", ""))
-    return {"the plan": sources.digests.get(FILES["plan"][0], ""), "the file of probes": masked}
+    skipped = _inputs(sources.skip).get(f"plan {sources.skip['point']['target']:g}", "") if sources.skip else ""
+    digest = sources.digests.get(FILES["plan"][0], "")
+    return {"the plan": digest, "the file of probes": masked, "the cost of skipping": str(skipped)}
 
 
-def model_of(value: EvalReport | PruningPlan | RouterStatistics | Json) -> str:
+def model_of(value: EvalReport | AnyPlan | RouterStatistics | Json) -> str:
     """Fingerprint of the base model that an artifact was made for; empty where it does not say."""
+    return next(iter(bases_of(value)), "")
+
+
+def bases_of(value: EvalReport | AnyPlan | RouterStatistics | Json) -> tuple[str, ...]:
+    """Fingerprints of what may be called the base: of a healed model the original, and what was to be healed."""
     if isinstance(value, EvalReport):  # a comparison of other tools' runs knows their samples and not their models
-        return str(value.inputs.get("base", "")) if "tasks" in value.command else ""
-    inputs = _inputs(value)
-    return str(inputs.get("model") or inputs.get("base") or "")
+        named = [value.inputs.get("base")] if "tasks" in value.command else []
+    else:
+        named = [_inputs(value).get(name) for name in ("base", "model")]
+    return tuple(str(one) for one in named if one)
 
 
-def _inputs(value: PruningPlan | RouterStatistics | Json | None) -> Json:
+def _inputs(value: AnyPlan | RouterStatistics | Json | None) -> Json:
     found = value.get("inputs") if isinstance(value, Mapping) else None if value is None else value.inputs
     return found if isinstance(found, Mapping) else {}
 
