@@ -1,0 +1,319 @@
+"""Dropping, fusing and thinning to equal bytes, each as it is and healed layer by layer; what healing takes of memory.
+
+    python benchmarks/heal.py --work WORK -o docs/benchmarks/heal.md       # the tables; goes on where it stopped
+    python benchmarks/heal.py --work WORK --compare                        # what to fit, and to what
+    python benchmarks/heal.py --work WORK --memory [--small]               # a layer of Qwen3-30B-A3B's size
+
+Calibration text, held-out text and tasks share no passage. Each checkpoint is made in a process of its own, whose
+seconds and peak memory are measured from outside, then evaluated: tasks (one is written, six are four-way choices) and
+perplexity. Every cell is a JSON file in the work folder.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import resource
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import stream as synthetic
+from strategies import MODELS, _score
+
+from moeprune.pipeline import BUNDLED
+
+CALIBRATION, HELDOUT = str(BUNDLED / "calibration.jsonl"), BUNDLED / "heldout.jsonl"
+RATIOS = ("0.5", "0.75")
+WAYS = ("drop", "drop+heal", "fuse", "fuse+heal", "neurons", "neurons+heal")
+WRITTEN = "tiny_sorting"  # its answers are generated; chance is 0, and a quarter elsewhere
+HEALED = "+heal"
+RESAMPLES = 2000
+
+
+# --- making a checkpoint, in a process of its own ---------------------------------------------------------------------
+
+
+def make(model: str, ratio: str, way: str, source: Path, out: Path) -> None:
+    """Write the checkpoint of a cell."""
+    import moeprune
+
+    base = MODELS[model]
+    start, _, healing = way.partition("+")
+    given: dict[str, Any] = {"calibration": CALIBRATION, "overwrite": True}
+    if healing:
+        level, _, variant = healing.removeprefix("heal").removeprefix(":").partition(":")
+        with VARIANTS[variant]():
+            moeprune.heal(base, source, out, train=level or "all", **given)
+    elif start == "drop":
+        moeprune.prune(base, out, ratio=ratio, **given)
+    elif start == "auto":
+        moeprune.prune(base, out, ratio=ratio, strategy="auto", selection=str(BUNDLED / "selection.jsonl"), **given)
+    elif start == "fuse":
+        moeprune.fuse(base, out, ratio=ratio, **given)
+    else:
+        moeprune.sparsify(base, out, neurons=ratio, **given)
+
+
+@contextlib.contextmanager
+def _as_it_is() -> Iterator[None]:
+    yield
+
+
+@contextlib.contextmanager
+def _without_norm() -> Iterator[None]:
+    """Errors of the hidden states themselves, of each token in proportion to its size."""
+
+    def loss(*_: object) -> Callable[[Any, Any], Any]:
+        return lambda out, wanted: ((out - wanted).square().mean(-1) / wanted.square().mean(-1)).mean()
+
+    with mock.patch("moeprune.healing.layerwise.hidden_loss", loss):
+        yield
+
+
+@contextlib.contextmanager
+def _without_logits() -> Iterator[None]:
+    """The last layer is fitted like the others."""
+    from moeprune.healing.targets import hidden_loss
+
+    def loss(base: Any, _: Any) -> Any:
+        return hidden_loss(base, base.depth - 1)
+
+    with mock.patch("moeprune.healing.layerwise.divergence", loss):
+        yield
+
+
+VARIANTS = {"": _as_it_is, "no-norm": _without_norm, "no-logits": _without_logits}
+COMPARED = ("drop+heal", *(f"drop+heal:{level}" for level in ("experts", "down", "router")))
+COMPARED += ("drop+heal:all:no-norm", "drop+heal:all:no-logits")
+
+
+def made(options: argparse.Namespace, model: str, ratio: str, way: str) -> tuple[Path, dict[str, float]]:
+    """The checkpoint of a cell, and the seconds and bytes that making it took."""
+    if way == "base":
+        return MODELS[model], {"seconds": 0.0, "peak": 0.0}
+    folder = options.work / model / f"{ratio}-{way}".replace(":", "-")
+    file = folder.with_name(f"{folder.name}.made.json")
+    if not file.is_file() or not folder.is_dir():
+        start = made(options, model, ratio, way.partition("+")[0])[0] if "+" in way else folder
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        words = [sys.executable, __file__, "--make", model, ratio, way, str(start), str(folder)]
+        begun = time.perf_counter()
+        subprocess.run([*words, "--threads", str(options.threads)], check=True, stdout=subprocess.DEVNULL)
+        seconds = time.perf_counter() - begun
+        peak = json.loads((folder.parent / "peak.json").read_text())
+        file.write_text(json.dumps({"seconds": seconds, "peak": peak}))
+    cost: dict[str, float] = json.loads(file.read_text())
+    return folder, cost
+
+
+# --- evaluating -------------------------------------------------------------------------------------------------------
+
+
+def measured(options: argparse.Namespace, model: str, ratio: str, way: str) -> dict[str, Any]:
+    """Answers and losses of a cell."""
+    name = "base" if way == "base" else f"{ratio}-{way}".replace(":", "-")
+    file = options.work / model / f"{name}.json"
+    if not file.is_file():
+        folder, cost = made(options, model, ratio, way)
+        found = {"cost": cost, "bytes": _bytes(folder)} | evaluate(folder, options.limit)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps(found))
+        print(model, name, f"{cost['seconds']:.0f} s", flush=True)
+    cell: dict[str, Any] = json.loads(file.read_text())
+    return cell
+
+
+def _bytes(folder: Path) -> int:
+    return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+
+
+def evaluate(folder: Path, limit: int | None) -> dict[str, Any]:
+    """Right answers by task, and losses by held-out document."""
+    from transformers import AutoTokenizer
+
+    from moeprune import open_checkpoint
+    from moeprune.collectors.resident import load_model
+    from moeprune.evaluation.agreement import token_losses
+    from moeprune.evaluation.harness import prepare, run_model
+    from moeprune.evaluation.samples import read_run
+    from moeprune.evaluation.settings import EvalSettings
+
+    model = load_model(open_checkpoint(folder), device="cpu", dtype="float32")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    settings = EvalSettings(tasks=("tiny",), include_path=BUNDLED / "tasks", batch_size=32, limit=limit)
+    with tempfile.TemporaryDirectory() as scratch, prepare(settings) as loaded:
+        run_model((model, tokenizer), settings, Path(scratch) / "run", loaded=loaded)
+        tasks = read_run(Path(scratch) / "run").tasks
+    correct = {
+        name: [_score(task.samples[key]) for key in sorted(task.samples)] for name, task in sorted(tasks.items())
+    }
+    texts = [json.loads(line)["text"] for line in HELDOUT.read_text(encoding="utf-8").splitlines()]
+    losses = token_losses(model, [tokenizer(text)["input_ids"] for text in texts])
+    return {"correct": correct, "nll": losses.nll.tolist(), "tokens": losses.tokens.tolist()}
+
+
+# --- the page ---------------------------------------------------------------------------------------------------------
+
+
+def above_chance(correct: dict[str, Any]) -> dict[str, float]:
+    """Accuracy above chance by task."""
+    return {name: float(np.mean(own)) - (0 if name == WRITTEN else 0.25) for name, own in correct.items()}
+
+
+def kept(base: dict[str, Any], cell: dict[str, Any]) -> tuple[float, float, float]:
+    """Accuracy above chance over the base's in percent, mean over tasks, with its 95 % bootstrap interval."""
+    rng = np.random.default_rng(0)
+    pairs = {name: np.array([base["correct"][name], own]) for name, own in cell["correct"].items()}
+
+    def share(drawn: dict[str, Any]) -> float:
+        whole, own = (above_chance({name: pair[side] for name, pair in drawn.items()}) for side in (0, 1))
+        return 100 * float(np.mean([own[name] / whole[name] for name in own]))
+
+    def draw() -> dict[str, Any]:
+        return {name: pair[:, rng.integers(0, pair.shape[1], pair.shape[1])] for name, pair in pairs.items()}
+
+    low, high = np.percentile([share(draw()) for _ in range(RESAMPLES)], [2.5, 97.5])
+    return share(pairs), float(low), float(high)
+
+
+def row(base: dict[str, Any], cell: dict[str, Any], dropped: float | None) -> list[str]:
+    """One line of the table, without its name."""
+    from moeprune.evaluation.agreement import TokenLosses, perplexity_ratio
+
+    losses = [TokenLosses(np.array(one["nll"]), np.array(one["tokens"])) for one in (base, cell)]
+    rise = perplexity_ratio(*losses)
+    value, low, high = kept(base, cell)
+    own, whole = above_chance(cell["correct"]), above_chance(base["correct"])
+    shares = {name: 100 * own[name] / whole[name] for name in own if whole[name] > 0}
+    worst = min(shares, key=lambda name: shares[name])
+    chosen = 100 * np.mean([np.mean(answers) for name, answers in cell["correct"].items() if name != WRITTEN])
+    back = "" if dropped is None else f"{100 * (dropped - rise.value) / (dropped - 1):.0f}"
+    cost = cell["cost"]
+    return [
+        f"{cell['bytes'] / 1e6:.2f}",
+        f"{value:.1f} ({low:.1f}..{high:.1f})",
+        f"{shares[worst]:.0f} {worst.removeprefix('tiny_')}",
+        f"{100 * np.mean(cell['correct'][WRITTEN]):.1f}",
+        f"{chosen:.1f}",
+        f"{rise.value:.3f} ({rise.interval[0]:.3f}..{rise.interval[1]:.3f})",
+        back,
+        f"{cost['seconds']:.0f}",
+        f"{cost['peak'] / 1e6:.0f}",
+    ]
+
+
+HEAD = "MB | kept % | worst task % | written % | chosen % | ppl x | gap back % | seconds | peak MB"
+
+
+def page(options: argparse.Namespace, ways: tuple[str, ...], ratios: tuple[str, ...]) -> str:
+    """All tables; measures what is missing."""
+    limit = f" --limit {options.limit}" if options.limit else ""
+    lines = [
+        "# Healed and not",
+        "",
+        f"    python benchmarks/heal.py --work WORK{limit}{' --compare' if options.compare else ''}",
+        "",
+        "- *kept %*: accuracy above chance over the original's, mean over the tasks, with a 95 % bootstrap interval",
+        "  over questions, paired; *worst task %*: the least that one task keeps. *written*: exact match of generated",
+        "  answers; *chosen*: mean of the four-way choices.",
+        "- *ppl x*: held-out perplexity over the original's, with its 95 % interval over documents; *gap back*: how",
+        "  much of what the same model loses without healing.",
+        "- *seconds*, *peak*: of the process that makes the checkpoint with its imports; of `+heal` the healing alone.",
+        "",
+    ]
+    for ratio in ratios:
+        for model in options.models:
+            base = measured(options, model, ratio, "base")
+            lines += [f"## {model}, {float(ratio):.0%} removed", "", f"| way | {HEAD} |", "|---|" + "--:|" * 9]
+            for way in ways:
+                cell = measured(options, model, ratio, way)
+                plain = measured(options, model, ratio, way.partition("+")[0]) if "+" in way else None
+                lines.append(f"| {way} | {' | '.join(row(base, cell, _rise(base, plain)))} |")
+            lines.append("")
+    return "\n".join(lines)
+
+
+def _rise(base: dict[str, Any], cell: dict[str, Any] | None) -> float | None:
+    if cell is None:
+        return None
+    return float(np.exp((np.sum(cell["nll"]) - np.sum(base["nll"])) / np.sum(base["tokens"])))
+
+
+# --- memory -----------------------------------------------------------------------------------------------------------
+
+
+def memory(options: argparse.Namespace) -> None:
+    """Heal half of a synthetic model's experts, and compare the peak with the model and with the forecast."""
+    import torch
+
+    import moeprune
+
+    torch.set_num_threads(options.threads)
+    base = synthetic.build(options.work / ("small" if options.small else "large"), options.layers, small=options.small)
+    ids = synthetic.write_ids(options.work, 20, 256)
+    dropped, out = options.work / "dropped", options.work / "healed"
+    if not dropped.is_dir():
+        moeprune.prune(base, dropped, ratio=0.5, strategy="random")
+    shutil.rmtree(out, ignore_errors=True)
+    given: dict[str, Any] = {"calibration": str(ids), "steps": 4, "device": "cpu"}
+    expected = moeprune.heal(base, dropped, out, dry_run=True, **given).forecast
+    idle = synthetic.status("RssAnon")
+    begun = time.perf_counter()
+    with synthetic.watched_peak() as peak:
+        moeprune.heal(base, dropped, out, **given)
+    whole = {name: 2 * _bytes(folder) for name, folder in {"original": base, "pruned": dropped}.items()}
+    print(f"peak {(peak[0] - idle) / 1e9:.2f} GB above idle in {time.perf_counter() - begun:.0f} s", end="; ")
+    print(f"forecast {expected.host / 1e9:.2f} GB" if expected else "no forecast", end="; ")
+    print(", ".join(f"{name} in float32 {size / 1e9:.2f} GB" for name, size in whole.items()))
+
+
+def main() -> None:
+    """Measure what is missing, then print the page."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work", type=Path, help="folder of checkpoints and measurements, reused")
+    parser.add_argument("-o", "--output", type=Path, help="Markdown file; stdout otherwise")
+    parser.add_argument("--models", nargs="+", default=list(MODELS), choices=list(MODELS))
+    parser.add_argument("--ratios", nargs="+", default=list(RATIOS))
+    parser.add_argument("--ways", nargs="+", default=list(WAYS), help="also: auto, auto+heal")
+    parser.add_argument("--limit", type=int, help="first N questions of each task")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--compare", action="store_true", help="what to fit and to what, at 50 %%")
+    parser.add_argument("--memory", action="store_true")
+    parser.add_argument("--small", action="store_true", help="a smaller synthetic model")
+    parser.add_argument("--layers", type=int, default=5, help="of the synthetic model")
+    parser.add_argument("--make", nargs=5, metavar=("MODEL", "RATIO", "WAY", "SOURCE", "OUT"), help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    import torch
+
+    torch.set_num_threads(options.threads)
+    if options.make:
+        model, ratio, way, source, out = options.make
+        make(model, ratio, way, Path(source), Path(out))
+        peak = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        (Path(out).parent / "peak.json").write_text(json.dumps(peak))
+        return
+    if options.work is None:
+        parser.error("--work is needed")
+    options.work.mkdir(parents=True, exist_ok=True)
+    if options.memory:
+        memory(options)
+        return
+    ways, ratios = (COMPARED, ("0.5",)) if options.compare else (tuple(options.ways), tuple(options.ratios))
+    text = page(options, ways, ratios)
+    if options.output:
+        options.output.write_text(text, encoding="utf-8")
+    else:
+        print(text)
+
+
+if __name__ == "__main__":
+    main()

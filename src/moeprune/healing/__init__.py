@@ -1,0 +1,1 @@
+"""Training pruned models until they do again what their originals do."""
