@@ -8,7 +8,10 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from moeprune import _late
 from moeprune._version import __version__
+
+_late.watch()
 
 if TYPE_CHECKING:
     from moeprune.architectures import MoESpec as MoESpec
@@ -36,6 +39,11 @@ if TYPE_CHECKING:
     from moeprune.evaluation.page import ReportSources as ReportSources
     from moeprune.evaluation.page import render_report as render_report
     from moeprune.evaluation.text import TextReport as TextReport
+    from moeprune.fusing import fuse as fuse
+    from moeprune.fusing import plan_fusion as plan_fusion
+    from moeprune.gating import skip as skip
+    from moeprune.mending import heal as heal
+    from moeprune.multiplexing import multiplex as multiplex
     from moeprune.oneshot import prune as prune
     from moeprune.pipeline import apply as apply
     from moeprune.pipeline import collect as collect
@@ -46,11 +54,15 @@ if TYPE_CHECKING:
     from moeprune.pipeline import verify as verify
     from moeprune.plans import Budget as Budget
     from moeprune.plans import PruningPlan as PruningPlan
+    from moeprune.plans_fuse import FusePlan as FusePlan
     from moeprune.probing import evaluate_probes as evaluate_probes
     from moeprune.publish.push import push as push
+    from moeprune.runtime.loading import load as load
+    from moeprune.runtime.skipping import counted as counted
     from moeprune.runtime.surgery import prune_model as prune_model
     from moeprune.runtime.surgery import save_model as save_model
     from moeprune.scoring import evaluate_text as evaluate_text
+    from moeprune.sparsifying import sparsify as sparsify
     from moeprune.statistics import LayerStatistics as LayerStatistics
     from moeprune.statistics import RouterStatistics as RouterStatistics
     from moeprune.strategies import GlobalCriterion as GlobalCriterion
@@ -82,13 +94,21 @@ _HOMES = {
     "evaluation.compare": ("EvalReport",),
     "evaluation.page": ("ReportSources", "render_report"),
     "evaluation.text": ("TextReport",),
+    "gating": ("skip",),
+    "fusing": ("fuse", "plan_fusion"),
+    "mending": ("heal",),
+    "multiplexing": ("multiplex",),
     "oneshot": ("prune",),
     "pipeline": ("apply", "collect", "compare", "evaluate", "forecast", "plan", "verify"),
     "plans": ("Budget", "PruningPlan"),
+    "plans_fuse": ("FusePlan",),
     "publish.push": ("push",),
     "probing": ("evaluate_probes",),
+    "runtime.loading": ("load",),
+    "runtime.skipping": ("counted",),
     "runtime.surgery": ("prune_model", "save_model"),
     "scoring": ("evaluate_text",),
+    "sparsifying": ("sparsify",),
     "statistics": ("LayerStatistics", "RouterStatistics"),
     "strategies": ("GlobalCriterion", "Strategy"),
     "sweeping": ("sweep",),

@@ -112,6 +112,45 @@ Paths = Annotated[
 ]
 Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that comes with the model.")]
 
+# --- training -------------------------------------------------------------------------------------------------------
+
+TrainLevels = Annotated[
+    str | None,
+    typer.Option("--train", metavar="LEVEL,...", help="What moves: router, experts, attention, norms, all; zero-rows."),
+]
+Steps = Annotated[int | None, typer.Option("--steps", metavar="N", help="Optimiser steps.")]
+LearningRate = Annotated[float | None, typer.Option("--lr", metavar="RATE", help="Largest learning rate.")]
+StepTokens = Annotated[int | None, typer.Option("--step-tokens", metavar="N", help="Tokens of a step, about.")]
+Schedule = Annotated[
+    str | None, typer.Option("--schedule", metavar="NAME", help="Of the learning rate: cosine, linear, constant.")
+]
+Temperature = Annotated[
+    float | None, typer.Option("--temperature", metavar="T", help="Softens both distributions that are compared.")
+]
+Precision = Annotated[
+    str | None, typer.Option("--mixed-precision", metavar="no|bf16|fp16", help="Of the passes; weights are float32.")
+]
+
+
+def recipe_of(batch_tokens: int, seed: int, **given: Any) -> Any:
+    """How to train, from the options that were given; the others have the recipe's own defaults."""
+    from moeprune.healing.distillation import Recipe
+
+    chosen = {name: value for name, value in given.items() if value is not None}
+    return Recipe(batch_tokens=batch_tokens, seed=seed, **chosen)
+
+
+def check_only_with(option: str, **given: Any) -> None:
+    """Refuse options that say how to do what was not asked for.
+
+    Raises:
+        ConfigError: the message names the first one.
+    """
+    used = [name for name, value in given.items() if value is not None]
+    if used:
+        raise ConfigError(f"--{used[0].replace('_', '-')} does nothing without {option}", f"pass {option} too")
+
+
 # --- decisions ------------------------------------------------------------------------------------------------------
 
 Ratio = Annotated[
@@ -165,6 +204,45 @@ Rearrange = Annotated[
 ]
 Mtp = Annotated[
     str, typer.Option("--mtp", metavar="cut|drop", help="MTP layers: cut them like the last layer, or drop them.")
+]
+
+# --- fusing ---------------------------------------------------------------------------------------------------------
+
+GroupingName = Annotated[
+    str | None,
+    typer.Option(
+        "--grouping",
+        metavar="NAME",
+        show_default=False,
+        help="Which experts go together: m-smoe, hc-smoe, co-activation, ream, or a strategy whose kept ones take in "
+        "the others.  [default: hope-total]",
+    ),
+]
+MergeName = Annotated[
+    str | None,
+    typer.Option(
+        "--merge",
+        metavar="NAME",
+        show_default=False,
+        help="How they become one: absorb, least-squares, frequency, mean, slerp, svd.  [default: absorb]",
+    ),
+]
+Align = Annotated[
+    bool | None,
+    typer.Option(
+        "--align/--no-align",
+        show_default=False,
+        help="Put the neurons of each in the order of the dominant one's before.  [default: where they are mixed]",
+    ),
+]
+RouterMode = Annotated[
+    str | None,
+    typer.Option(
+        "--router",
+        metavar="MODE",
+        show_default=False,
+        help="Its rows: keep-dominant, merge-rows, or tied, which only moeprune.load runs.  [default: keep-dominant]",
+    ),
 ]
 
 # --- evaluation -----------------------------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from moeprune.evaluation.text import TextReport
     from moeprune.oneshot import PruneResult
     from moeprune.plans import PruningPlan
+    from moeprune.repairing import HealResult
     from moeprune.rewrite.verify import Verification
     from moeprune.statistics import RouterStatistics
     from moeprune.streaming.forecast import Forecast
@@ -48,13 +49,7 @@ def render_plan(plan: PruningPlan, *, measured: bool = True) -> str:
     """What a plan decides and means, for people; ``measured`` adds what only the statistics could tell."""
     layers = f"{len(plan.layers)} layer{'s' * (len(plan.layers) != 1)}"
     lines = [f"{plan.strategy.get('name', 'by hand')}: keep {plan.span} of {plan.budget.get('of')} experts in {layers}"]
-    size = plan.size.get("bytes")
-    if size:
-        before, after = (_files.human_bytes(size[when]) for when in ("before", "after"))
-        lines.append(f"size: {before} -> {after} (-{100 * (1 - size['after'] / size['before']):.0f} %)")
-    parameters = plan.size.get("parameters")
-    if parameters:
-        lines.append(f"parameters: {parameters['before']:,} -> {parameters['after']:,}")
+    lines += render_size(plan.size)
     protected = sum(map(len, plan.strategy.get("protected", {}).values())) if measured else 0
     if protected:
         lines.append(f"protected: {protected} expert{'s' * (protected != 1)}")
@@ -63,7 +58,18 @@ def render_plan(plan: PruningPlan, *, measured: bool = True) -> str:
         lines.append(f"expert output kept, by norm: {shares}")
     if plan.balance and measured:
         lines.append(_render_balance(plan.balance))
-    return "\n".join(lines + _engines(plan.engines))
+    return "\n".join(lines + render_engines(plan.engines))
+
+
+def render_size(size: Mapping[str, Any]) -> list[str]:
+    """Bytes and parameters before and after, as far as they are known."""
+    lines = []
+    if nbytes := size.get("bytes"):
+        before, after = (_files.human_bytes(nbytes[when]) for when in ("before", "after"))
+        lines.append(f"size: {before} -> {after} (-{100 * (1 - nbytes['after'] / nbytes['before']):.0f} %)")
+    if parameters := size.get("parameters"):
+        lines.append(f"parameters: {parameters['before']:,} -> {parameters['after']:,}")
+    return lines
 
 
 def _render_balance(balance: Mapping[str, Any]) -> str:
@@ -73,7 +79,8 @@ def _render_balance(balance: Mapping[str, Any]) -> str:
     return f"load of the busiest of {balance['groups']} expert-parallel groups over the mean: {before} -> {after}"
 
 
-def _engines(engines: Mapping[str, Sequence[str]]) -> list[str]:
+def render_engines(engines: Mapping[str, Sequence[str]]) -> list[str]:
+    """Which engines take the result, and why others do not."""
     takers = [engine for engine, reasons in engines.items() if not reasons]
     return [f"loads in: {', '.join(takers) or 'no known engine'}"] + [
         f"not in {engine}: {'; '.join(reasons)}" for engine, reasons in engines.items() if reasons
@@ -112,14 +119,20 @@ def _outlook(plan: PruningPlan) -> dict[str, Any]:
 def print_proof(proof: Verification, *, as_json: bool) -> None:
     """What was proved."""
     if as_json:
-        print_json(_proof_object(proof))
+        print_json(proof_object(proof))
         return
-    size = _files.human_bytes(proof.nbytes)
-    show(f"verified: {proof.tensors} tensors ({size}) and {proof.files} other files equal the source")
+    size, copied = _files.human_bytes(proof.nbytes), proof.tensors - proof.computed
+    if proof.computed:
+        computed = f"{proof.computed} computed ones are as they were written ({size} in all)"
+        show(f"verified: {copied} tensors and {proof.files} other files equal the source, {computed}")
+    else:
+        show(f"verified: {copied} tensors ({size}) and {proof.files} other files equal the source")
 
 
-def _proof_object(proof: Verification) -> dict[str, Any]:
-    return {"tensors": proof.tensors, "bytes": proof.nbytes, "files": proof.files}
+def proof_object(proof: Verification) -> dict[str, Any]:
+    """What was proved, for programs."""
+    found = {"tensors": proof.tensors, "bytes": proof.nbytes, "files": proof.files}
+    return found | ({"computed": proof.computed} if proof.computed else {})
 
 
 def print_forecast(expected: Forecast | None, output: Path | None, *, as_json: bool, doing: str = "collecting") -> None:
@@ -202,6 +215,8 @@ def print_pruned(result: PruneResult, *, as_json: bool) -> None:
     show(render_plan(result.plan))
     if result.verification is not None:
         print_proof(result.verification, as_json=False)
+    if result.healing is not None:
+        show(render_healing(result.healing))
     if result.report is not None:
         show("")
         print_report(result.report, None, as_json=False)
@@ -212,6 +227,27 @@ def print_pruned(result: PruneResult, *, as_json: bool) -> None:
         show(_report_files(result.output / "moeprune" / "report"))
 
 
+def render_healing(result: HealResult) -> str:
+    """The divergence from the original before and after."""
+    if not result.healed or not result.before or result.after is None:
+        return "nothing was closer to the original on held-out text: the weights are those that were given"
+    less = 100 * (1 - result.after / result.before)
+    return f"{result.method}: KL from the original {result.before:.4f} -> {result.after:.4f} nats (-{less:.0f} %)"
+
+
+def healed_object(result: HealResult) -> dict[str, Any]:
+    """For scripts."""
+    return {
+        "output": str(result.output),
+        "written": result.before is not None,
+        "method": result.method,
+        "healed": result.healed,
+        "held_out_kl": {"before": result.before, "after": result.after},
+        "record": dict(result.record),
+        "forecast": result.forecast.to_dict() if result.forecast else None,
+    }
+
+
 def _pruned_object(result: PruneResult) -> dict[str, Any]:
     dry_run = result.verification is None
     return {
@@ -220,6 +256,7 @@ def _pruned_object(result: PruneResult) -> dict[str, Any]:
         # which experts stay is not known yet in a dry run: its plan must not be mistaken for one
         "plan": _outlook(result.plan) if dry_run else result.plan.to_dict(),
         "forecast": result.forecast.to_dict() if result.forecast else None,
-        "verification": _proof_object(result.verification) if result.verification else None,
+        "verification": proof_object(result.verification) if result.verification else None,
+        "healing": healed_object(result.healing) if result.healing else None,
         "report": result.report.payload() if result.report is not None else None,
     }

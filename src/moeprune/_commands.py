@@ -7,9 +7,17 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 # Options whose name differs from that of the field, fields that an option turns off, and fields that are no options.
-_NAMES = {"backend": "--model"}
-_NEGATED = {"guard": "--no-guard", "stream": "--no-stream"}
-_NO_OPTIONS = {"stage", "alpha", "plug_ins"}
+_NAMES = {"backend": "--model", "precision": "--mixed-precision"}
+_NEGATED = {"guard": "--no-guard", "align": "--no-align", "stream": "--no-stream"}
+_NO_OPTIONS = {"stage", "alpha", "plug_ins"} | {
+    "warmup",
+    "reverse",
+    "weight_decay",
+    "clip",
+    "checks",
+    "patience",
+    "loss",
+}
 
 
 def command_line(command: Mapping[str, Any], *arguments: str, name: str = "") -> str:

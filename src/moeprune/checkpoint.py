@@ -26,6 +26,7 @@ from moeprune.architectures import (
 )
 from moeprune.errors import CheckpointError, LayoutError, UnsupportedModelError, first_line
 from moeprune.headers import TensorEntry, read_header
+from moeprune.plan_kinds import router_rows
 from moeprune.plans import RouterShape
 
 INDEX = "model.safetensors.index.json"
@@ -46,6 +47,7 @@ class Checkpoint:
         top_k: experts per token.
         n_group: expert groups of a group-limited router, 1 without groups; ``topk_group`` of them serve a token.
         own_counts: experts of the layers that do not have E of them, in a checkpoint whose layers differ.
+        router_rows: rows of its routers, where an expert stands for several that the routers still tell apart; else 0.
         moe_layers: decoder layers with routed experts.
         mtp_layers: MTP layers whose tensors are present, numbered on from the last decoder layer.
     """
@@ -64,6 +66,7 @@ class Checkpoint:
     mtp_layers: tuple[int, ...]
     shard_metadata: Mapping[str, str]
     own_counts: Mapping[int, int] = field(default_factory=dict)
+    router_rows: int = 0
 
     @cached_property
     def fingerprint(self) -> str:
@@ -119,7 +122,10 @@ class Checkpoint:
     def router(self) -> RouterShape:
         """The numbers that bound what may be removed."""
         return RouterShape(
-            num_experts=self.num_experts, top_k=self.top_k, n_group=self.n_group, topk_group=self.topk_group
+            num_experts=self.router_rows or self.num_experts,
+            top_k=self.top_k,
+            n_group=self.n_group,
+            topk_group=self.topk_group,
         )
 
     @property
@@ -138,11 +144,16 @@ class Checkpoint:
         return f"{self.fewest} to {self.num_experts}" if self.own_counts else str(self.num_experts)
 
     def check_uniform(self) -> None:
-        """Refuse a checkpoint whose layers have different numbers of experts.
+        """Refuse a checkpoint whose layers have different numbers of experts, or whose experts stand for several.
 
         Raises:
-            UnsupportedModelError: it was pruned like that.
+            UnsupportedModelError: it was pruned, or fused, like that.
         """
+        if self.router_rows:
+            raise UnsupportedModelError(
+                f"experts of {self.path.name} stand for several each: its routers know {self.router_rows}",
+                "it can be loaded with moeprune.load and evaluated; to prune further, go back to what it was made from",
+            )
         if self.own_counts:
             raise UnsupportedModelError(
                 f"layers of {self.path.name} have different numbers of experts, {self.span}",
@@ -176,8 +187,9 @@ def open_checkpoint(model: PathLike, *, revision: str | None = None) -> Checkpoi
     num_experts = _count_experts(spec, spec.values(config))
     counts = _own_counts(spec, config, (*layers, *mtp), num_experts)
     _check_experts(spec, tensors, roles, counts)
-    _check_routers(spec, tensors, roles, counts)
-    router = _read_router(spec, spec.values(config), num_experts)
+    wide = router_rows(path)
+    _check_routers(spec, tensors, roles, dict.fromkeys(counts, wide) if wide else counts)
+    router = _read_router(spec, spec.values(config), wide or num_experts)
     return Checkpoint(
         path=path,
         spec=spec,
@@ -193,6 +205,7 @@ def open_checkpoint(model: PathLike, *, revision: str | None = None) -> Checkpoi
         mtp_layers=tuple(mtp),
         shard_metadata=metadata,
         own_counts={layer: count for layer, count in counts.items() if count != num_experts},
+        router_rows=wide,
     )
 
 

@@ -12,15 +12,20 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from moeprune import _cli_inspect, _cli_listing, _cli_publish, _cli_report, _files
+from moeprune import _cli_fuse, _cli_inspect, _cli_listing, _cli_publish, _cli_report, _cli_skip, _files
 from moeprune import _cli_options as opt
 from moeprune import _cli_output as out
 from moeprune._cli_eval import print_outlook
+from moeprune._cli_heal import heal
+from moeprune._cli_multiplex import multiplex
 from moeprune._cli_probes import print_probes, run_probes
 from moeprune._cli_run import exit_code
+from moeprune._cli_skip import skip
+from moeprune._cli_sparsify import sparsify
 from moeprune._cli_sweep import sweep
 from moeprune.catalogue import PATHS
 from moeprune.errors import ConfigError
+from moeprune.plans_fuse import FusePlan
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -51,6 +56,9 @@ def prune(
     output: opt.OutputFolder = None,
     calibration: opt.Calibration = [],  # noqa: B006 - typer copies it
     strategy: opt.StrategyName = None,
+    heal: Annotated[
+        str, typer.Option("--heal", metavar="layerwise", help="Fit the pruned layers to the original's afterwards.")
+    ] = "",
     tasks: opt.Tasks = "",
     include_path: opt.IncludePath = None,
     num_samples: opt.NumSamples = 512,
@@ -112,6 +120,7 @@ def prune(
         keep=keep,
         calibration=calibration,
         strategy=strategy or DEFAULT,
+        heal=heal,
         tasks=opt.names(tasks),
         include_path=include_path,
         num_samples=num_samples,
@@ -336,8 +345,9 @@ def apply(
     quiet: opt.Quiet = False,
     verbose: opt.Verbose = 0,
 ) -> None:
-    """Write the pruned checkpoint that a plan describes, by copying bytes."""
+    """Write the checkpoint that a plan describes: pruned or gated by copying bytes, or fused."""
     from moeprune import pipeline
+    from moeprune.plans_skip import SkipPlan
 
     written, decided = pipeline.apply_plan(
         model,
@@ -348,7 +358,12 @@ def apply(
         revision=revision,
         dry_run=dry_run,
     )
-    out.print_applied(decided, written, dry_run=dry_run, as_json=as_json)
+    if isinstance(decided, FusePlan):
+        _cli_fuse.print_applied(decided, written, dry_run=dry_run, as_json=as_json)
+    elif isinstance(decided, SkipPlan):
+        _cli_skip.print_applied(decided, written, dry_run=dry_run, as_json=as_json)
+    else:
+        out.print_applied(decided, written, dry_run=dry_run, as_json=as_json)
 
 
 @app.command()
@@ -556,6 +571,11 @@ app.command()(_cli_report.report)
 app.command()(_cli_publish.card)
 app.command()(_cli_publish.push)
 app.command()(sweep)
+app.command()(_cli_fuse.fuse)
+app.command()(sparsify)
+app.command()(multiplex)
+app.command()(heal)
+app.command()(skip)
 
 
 # --- looking around -------------------------------------------------------------------------------------------------

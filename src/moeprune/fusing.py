@@ -179,7 +179,7 @@ def fuse(
             kept=job.kept,
             of=job.checkpoint.num_experts,
             plan=job.plan,
-            forecast=expected_of(job.checkpoint, job.settings, job.data, output=job.output) if job.data else None,
+            forecast=_collection(job),
         )
     with _planned(job) as (made, extra):
         result = FuseResult(output=job.output, kept=made.kept, of=job.checkpoint.num_experts, plan=made)
@@ -197,6 +197,13 @@ def fuse(
     fused = open_checkpoint(job.output)
     report = evaluate_checkpoints(job.checkpoint, fused, evaluation, folder, margin=margin, cache=cache_folder(cache))
     return dataclasses.replace(result, report=report)
+
+
+def _collection(job: _Job) -> Forecast | None:
+    """What collecting statistics would take; None where the whole model is loaded, or where they are there."""
+    if job.plan is not None or job.statistics is not None or job.data is None:
+        return None
+    return expected_of(job.checkpoint, job.settings, job.data, output=job.output)
 
 
 # --- what is checked before anything runs -----------------------------------------------------------------------------
@@ -292,14 +299,21 @@ def _planned(job: _Job) -> Iterator[tuple[FusePlan, Mapping[str, bytes]]]:
     """The plan, and the statistics that it was made of, to lie beside it."""
     if job.plan is not None or job.wanted is None:
         assert job.plan is not None  # noqa: S101 - it is there, or what it is asked for
-        yield job.plan, {}
+        yield _with_data(job, job.plan), {}
         return
     with contextlib.ExitStack() as undo:
         stats = job.statistics or undo.enter_context(
             collected(job.checkpoint, job.settings, job.data, output=job.output)
         )
         made = make_fuse_plan(job.checkpoint, stats, job.wanted)
-        yield made, {"statistics.safetensors": stats.to_bytes()}
+        yield _with_data(job, made), {"statistics.safetensors": stats.to_bytes()}
+
+
+def _with_data(job: _Job, plan: FusePlan) -> FusePlan:
+    """The plan, with what its merged experts are fitted to among its inputs."""
+    if plan.merge not in FITTED or job.data is None:
+        return plan
+    return dataclasses.replace(plan, inputs={**plan.inputs, "fit": job.data.fingerprint})
 
 
 @contextlib.contextmanager
@@ -328,9 +342,8 @@ def _fitted(job: _Job, plan: FusePlan) -> Iterator[Calibration | None]:
         )
     with spill_folder(expected, job.output) as folder:
         states = SpilledStates(len(inputs), folder) if expected.spill else States(len(inputs))
-        yield Calibration(
-            stream=stream, inputs=inputs, states=states, fingerprint=job.data.fingerprint, chosen=chosen_by_some
-        )
+        how = f"{job.data.fingerprint} {job.settings.dtype} {job.settings.batch_tokens}"
+        yield Calibration(stream=stream, inputs=inputs, states=states, fingerprint=how, chosen=chosen_by_some)
 
 
 def _fit_bytes(weights: Weights, plan: FusePlan) -> int:

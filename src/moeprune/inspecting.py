@@ -5,7 +5,7 @@ Only headers and small files are read; of a checkpoint also what its fingerprint
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,16 +13,22 @@ from typing import Any
 import numpy as np
 
 from moeprune._commands import command_line, source_name, source_words
-from moeprune._files import PathLike, human_bytes, parse_json
+from moeprune._files import PathLike, human_bytes, parse_json, read_artifact
+from moeprune.accounts import HEALING, Account, account_of, account_of_healing, history
 from moeprune.checkpoint import Checkpoint, open_checkpoint
 from moeprune.errors import ArtifactError, ranges
-from moeprune.plans import PruningPlan
+from moeprune.headers import read_header
+from moeprune.plan_kinds import PLAN_FILE, load_plan
+from moeprune.plans import SCHEMA, PruningPlan
+from moeprune.plans_fuse import plan_kind
+from moeprune.rewrite.drop import PROVENANCE
 from moeprune.statistics import RouterStatistics
 
 Lines = dict[str, object]
 Rows = list[tuple[str, ...]]
 _EXPECTED = (
-    "expected: a checkpoint folder, or a file of statistics, plan, report, text report, probes, sweep or provenance"
+    "expected: a checkpoint folder, or a file of statistics, plan, healing, report, text report, skip report, probes, "
+    "sweep or provenance"
 )
 _SHOWN = 15  # rows of a table that are shown to a person
 
@@ -101,7 +107,9 @@ def _describe_file(file: Path) -> Description:
     payload = parse_json(file.read_bytes(), file, unique=True)
     try:
         facts, lines, rows = _READERS[kind](file, payload)
-        return _artifact(kind, file, payload, facts, lines, rows, source_words(payload.get("text", ()), "--text"))
+        return _artifact(
+            kind, file, payload, facts, lines, rows, source_words(payload.get("text", ()), _TEXTS.get(kind, "--text"))
+        )
     except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
         what = f"it lacks {error}" if isinstance(error, KeyError) else str(error)
         raise ArtifactError(f"{file} is a damaged {schema} file: {what}", "make it again") from error
@@ -121,10 +129,15 @@ def _artifact(
     head = {"schema": envelope["schema"], "moeprune_version": version, "command": command, "inputs": inputs}
     told: Lines = {
         kind: f"{file}, written by moeprune {version}",
-        "made by": command_line(command, *_ARGUMENTS.get(kind, ()), *words, name=_stage(kind, command)),
+        "made by": command_line(command, *_arguments(kind, command), *words, name=_stage(kind, command)),
         **{f"of {name}": fingerprint for name, fingerprint in inputs.items()},
     }
     return Description(kind=kind, facts={"kind": kind, "path": str(file)} | head | facts, lines=told | lines, rows=rows)
+
+
+def _arguments(kind: str, command: Mapping[str, Any]) -> tuple[str, ...]:
+    """What the command was given beside its options."""
+    return _OF_STAGE.get(str(command.get("stage")), _ARGUMENTS.get(kind, ()))
 
 
 def _stage(kind: str, command: Mapping[str, Any]) -> str:
@@ -137,51 +150,81 @@ def _stage(kind: str, command: Mapping[str, Any]) -> str:
 
 def _describe_checkpoint(checkpoint: Checkpoint) -> Description:
     shape, own = checkpoint.router, checkpoint.own_counts
-    facts = {
+    facts: Lines = {
         "kind": "checkpoint",
         "path": str(checkpoint.path),
         "model_type": checkpoint.spec.model_type,
         "moe_layers": list(checkpoint.moe_layers),
         "mtp_layers": list(checkpoint.mtp_layers),
-        "experts": shape.num_experts,
+        "experts": checkpoint.num_experts,
         **({"own_counts": {str(layer): count for layer, count in own.items()}} if own else {}),
         "top_k": shape.top_k,
         "n_group": shape.n_group,
         "topk_group": shape.topk_group,
-        "smallest_keep": None if own else shape.smallest(),
+        "smallest_keep": None if own or checkpoint.router_rows else shape.smallest(),
         "tensors": len(checkpoint.tensors),
         "bytes": checkpoint.nbytes,
         "fingerprint": checkpoint.fingerprint,
     }
     groups = f" in {shape.n_group} groups, {shape.topk_group} of them per token" if shape.n_group > 1 else ""
-    step = f" in steps of {shape.n_group}" if shape.n_group > 1 else ""
     lines: Lines = {
         "path": checkpoint.path,
         "architecture": checkpoint.spec.model_type,
         "MoE layers": ranges(checkpoint.moe_layers),
         "MTP layers": ranges(checkpoint.mtp_layers),
         "experts": f"{checkpoint.span} per layer{groups}, top-{shape.top_k}",
-        "can keep": "all: layers differ" if own else f"{shape.smallest()} to {shape.num_experts - shape.n_group}{step}",
+        "can keep": _can_keep(checkpoint),
         "size": f"{human_bytes(checkpoint.nbytes)} in {len(checkpoint.tensors):,} tensors",
         "fingerprint": checkpoint.fingerprint,
     }
-    origin = checkpoint.path / "moeprune" / "provenance.json"
-    if origin.is_file():
-        pruned = _describe_file(origin)
-        facts["pruned"] = {key: value for key, value in pruned.facts.items() if key not in {"kind", "path"}}
-        lines["pruned by"] = pruned.lines["made by"]
-        lines["pruned from"] = f"{pruned.lines['experts']}; model {pruned.facts['inputs']['model']}"
+    for key, more, line in _origin(checkpoint.path / PROVENANCE):
+        facts[key] = more
+        lines |= line
     return Description(kind="checkpoint", facts=facts, lines=lines)
+
+
+def _can_keep(checkpoint: Checkpoint) -> str:
+    shape = checkpoint.router
+    if checkpoint.own_counts or checkpoint.router_rows:
+        why = "layers differ" if checkpoint.own_counts else "each stands for several"
+        return f"all: {why}"
+    step = f" in steps of {shape.n_group}" if shape.n_group > 1 else ""
+    return f"{shape.smallest()} to {shape.num_experts - shape.n_group}{step}"
+
+
+def _origin(records: Path) -> Iterator[tuple[str, Lines, Lines]]:
+    """What a checkpoint's own folder says of how it was made: a key and facts for programs, lines for people."""
+    if not (records / "provenance.json").is_file():
+        return
+    origin, accounts = _describe_file(records / "provenance.json"), _accounts(records)
+    source = origin.facts["inputs"]["model"]
+    facts = {name: value for name, value in origin.facts.items() if name not in {"kind", "path"}}
+    if not accounts:
+        kept = f"{origin.lines['experts']}; model {source}"
+        yield "pruned", facts, {"pruned by": origin.lines["made by"], "pruned from": kept}
+        return
+    yield "made", facts, {"made by": origin.lines["made by"], "made from": f"model {source}"}
+    for account in accounts:
+        told: Lines = {account.kind: account.summary, "weights": account.weights, "loads in": account.loads}
+        yield account.kind, dict(account.facts), told
+
+
+def _accounts(records: Path) -> tuple[Account, ...]:
+    """What was done to a checkpoint other than leaving experts out."""
+    plan, healing = records / PLAN_FILE.name, records / "healing.json"
+    decided = load_plan(plan) if plan.is_file() else None
+    record = read_artifact(healing, HEALING) if healing.is_file() else None
+    return history(None if isinstance(decided, PruningPlan) else decided, record)
 
 
 # --- statistics and plans -------------------------------------------------------------------------------------------
 
 
 def _describe_statistics(file: Path) -> Description:
-    from moeprune.headers import read_header
-
     _, metadata = read_header(file)
     if "schema" not in metadata:
+        if owner := _owner_of(file):
+            return _describe_side_file(file, owner)
         hint = f"a shard of a checkpoint? moeprune inspect {file.parent}"
         raise ArtifactError(f"{file} is not a file of moeprune: it has no schema", hint)
     statistics = RouterStatistics.load(file)
@@ -192,6 +235,26 @@ def _describe_statistics(file: Path) -> Description:
         "inputs": statistics.inputs,
     }
     return _artifact("statistics", file, envelope, *_statistics(statistics), [], source_words(statistics.provenance))
+
+
+def _owner_of(file: Path) -> Path | None:
+    """The plan that arrays belong to: of the same name, or the one of their checkpoint."""
+    beside = [file.with_suffix(".json"), *([file.parent / PLAN_FILE.name] if file.parent.name == PROVENANCE else [])]
+    return next((plan for plan in beside if plan.is_file() and _schema_of(plan) == SCHEMA), None)
+
+
+def _describe_side_file(file: Path, owner: Path) -> Description:
+    """Arrays that are too large for a plan."""
+    entries, _ = read_header(file)
+    kind, nbytes = plan_kind(owner), sum(entry.nbytes for entry in entries)
+    facts: Lines = {"kind": "arrays", "path": str(file), "plan": str(owner), "plan_kind": kind, "bytes": nbytes}
+    facts["tensors"] = {entry.name: list(entry.shape) for entry in entries}
+    lines: Lines = {
+        "arrays": f"{file}, of the {kind} plan {owner}",
+        "size": f"{human_bytes(nbytes)} in {len(entries):,} tensors",
+    }
+    body = [(entry.name, entry.dtype, " x ".join(map(str, entry.shape))) for entry in entries]
+    return Description(kind="arrays", facts=facts, lines=lines, rows=_cut([("tensor", "dtype", "shape"), *body]))
 
 
 def _statistics(statistics: RouterStatistics) -> tuple[Lines, Lines]:
@@ -237,7 +300,24 @@ def source_line(entry: Mapping[str, Any]) -> str:
 
 
 def _plan(file: Path, _: Mapping[str, Any]) -> tuple[Lines, Lines, Rows]:
-    plan = PruningPlan.load(file)
+    plan = load_plan(file)
+    return _drop(plan) if isinstance(plan, PruningPlan) else _told(account_of(plan))
+
+
+def _healing(_: Path, payload: Mapping[str, Any]) -> tuple[Lines, Lines, Rows]:
+    return _told(account_of_healing(payload))
+
+
+def _told(account: Account) -> tuple[Lines, Lines, Rows]:
+    """What was done other than leaving experts out."""
+    facts: Lines = {"plan_kind": account.kind, "trained": account.trained, "loads_in_stock_engines": account.stock}
+    lines: Lines = {"kind": account.kind, **account.lines, "weights": account.weights, "loads in": account.loads}
+    notes: Lines = {"notes": "; ".join(account.notes)} if account.notes else {}
+    rows = _cut([account.head, *account.rows]) if account.rows else []
+    return {**facts, **account.facts, "notes": list(account.notes)}, lines | notes, rows
+
+
+def _drop(plan: PruningPlan) -> tuple[Lines, Lines, Rows]:
     budget, size, engines = plan.budget, plan.size, plan.engines
     facts: Lines = {
         "strategy": plan.strategy.get("name"),
@@ -340,6 +420,30 @@ def _text(_: Path, payload: Mapping[str, Any]) -> tuple[Lines, Lines, Rows]:
     return facts, lines, _cut([head, *body])
 
 
+def _skip(_: Path, payload: Mapping[str, Any]) -> tuple[Lines, Lines, Rows]:
+    points = sorted([payload["point"], *payload["curve"]], key=lambda point: point["target"])
+    keys = ("base_model", "policy", "renorm", "top_k", "documents", "tokens", "perplexity", "point", "curve", "layers")
+    facts: Lines = {key: payload[key] for key in (*keys, "domains", "classes")}
+    lines: Lines = {
+        "base": f"{payload['base_model']}, perplexity {payload['perplexity']['value']:.3f}",
+        "policy": f"{payload['policy']}, top-{payload['top_k']}, renormalised: {payload['renorm']}",
+        "text": f"{payload['documents']:,} documents, {payload['tokens']:,} predicted tokens",
+    }
+    head = ("asked %", "skipped %", "ratio", "95 % interval", "top-1 %", "random", "oracle")
+    body = [
+        (
+            f"{100 * point['target']:.1f}",
+            f"{100 * point['policy']['rate']:.1f}",
+            f"{point['policy']['ratio']['value']:.3f}",
+            _interval(point["policy"]["ratio"], "{:.3f}"),
+            f"{100 * point['policy']['top1']['value']:.1f}",
+            *(f"{point[control]['ratio']['value']:.3f}" for control in ("random", "oracle")),
+        )
+        for point in points
+    ]
+    return facts, lines, _cut([head, *body])
+
+
 def _probes(_: Path, payload: Mapping[str, Any]) -> tuple[Lines, Lines, Rows]:
     keys = ("probe", "what", "unit", "n", "base", "pruned", "change", "interval")
     facts: Lines = {"rows": [{key: row[key] for key in keys} for row in payload["rows"]]}
@@ -392,12 +496,22 @@ def _cut(rows: Rows) -> Rows:
 _READERS: Mapping[str, Callable[[Path, Mapping[str, Any]], tuple[Lines, Lines, Rows]]] = {
     "plan": _plan,
     "provenance": _provenance,
+    "healing": _healing,
     "report": _report,
     "text": _text,
+    "skip": _skip,
     "probes": _probes,
     "sweep": _sweep,
 }
-_STAGES = {"report": "eval", "text": "eval", "probes": "eval", "sweep": "sweep"}
+_TEXTS = {"skip": "--heldout"}  # the option for the text of a report
+_STAGES = {"report": "eval", "text": "eval", "probes": "eval", "sweep": "sweep", "skip": "skip"}
+_OF_STAGE = {
+    "fuse": ("MODEL", "--statistics-file", "STATISTICS"),
+    "skip": ("MODEL", "--calibration", "DATA"),
+    "sparsify": ("MODEL", "--calibration", "DATA"),
+    "multiplex": ("MODEL", "--calibration", "DATA"),
+    "heal": ("BASE", "PRUNED", "--calibration", "DATA"),
+}
 _ARGUMENTS = {
     "statistics": ("MODEL",),
     "plan": ("STATISTICS", "MODEL"),

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from moeprune._files import PathLike
+from moeprune._files import PathLike, hidden_sibling, to_json
 from moeprune._options import CalibrationOptions, budget_of, by_stage, check_margin, eval_settings, several
 from moeprune.calibration import CalibrationSet
 from moeprune.catalogue import known
@@ -20,10 +21,13 @@ from moeprune.errors import ConfigError, EvaluationError
 from moeprune.evaluation.cache import cache_folder
 from moeprune.evaluation.harness import preflight
 from moeprune.evaluation.settings import EvalSettings
+from moeprune.healing.distillation import Text
 from moeprune.pipeline import BUNDLED, check_can_load, check_space, default_output, evaluate_checkpoints
 from moeprune.planner import Decisions, check_decisions, preview
 from moeprune.plans import PruningPlan
 from moeprune.reconstructing import subset_loss_of
+from moeprune.repairing import LAYERWISE, HealResult, heal_layerwise
+from moeprune.rewrite.changed import check_plain
 from moeprune.rewrite.drop import DEFAULT_SHARD_SIZE, PROVENANCE, apply_drop, check_output
 from moeprune.rewrite.verify import verify_drop
 from moeprune.scoring import SelectionText, load_selection, selection_evaluator
@@ -55,6 +59,7 @@ class PruneResult:
     verification: Verification | None = None
     report: EvalReport | None = None
     forecast: Forecast | None = None
+    healing: HealResult | None = None
 
 
 def prune(
@@ -75,6 +80,7 @@ def prune(
     overwrite: bool = False,
     dry_run: bool = False,
     cache: PathLike | Literal[False] | None = None,
+    heal: str = "",
     **options: Any,
 ) -> PruneResult:
     """Collect, plan, apply, verify and, with tasks, evaluate. Everything that can be refused is refused first.
@@ -97,6 +103,7 @@ def prune(
         dry_run: check everything, preview the size and the engines, and run nothing.
         cache: folder where the results of ``model`` on the tasks are kept and taken from, by default the user's own;
             False is none.
+        heal: ``layerwise`` fits the pruned layers to the original's on the calibration text, before the evaluation.
         options: other fields of :class:`moeprune._options.CalibrationOptions`,
             :class:`moeprune.planner.Decisions` and :class:`moeprune.evaluation.settings.EvalSettings`; what several
             have, such as ``seed`` and ``device``, holds for all of them.
@@ -111,9 +118,9 @@ def prune(
     refuse_many("prune")
     sources, names = several(calibration), several(tasks)
     check_margin(margin)
-    _check_evaluated(names, {**options, "cache": cache}, bundled=model is None)
+    check_evaluated(names, {**options, "cache": cache}, bundled=model is None)
     if model is None:
-        model, sources, names, options = _bundled(sources, names, options)
+        model, sources, names, options = bundled(sources, names, options)
         searches = Allocation.parse(budget).searched or strategy == AUTO.name
         selection = selection or (str(BUNDLED / "selection.jsonl") if searches else ())
     calibrated, decided, evaluated = by_stage(options, CalibrationOptions, Decisions, EvalSettings)
@@ -127,6 +134,8 @@ def prune(
     settings = CalibrationOptions(sources=sources, **calibrated)
     settings = dataclasses.replace(settings, statistics=(*several(settings.statistics), *resolve(strategy).needs))
     data = _load(checkpoint, settings, wanted)
+    if heal:
+        _check_heal(heal, checkpoint, wanted, data)
     text = load_selection(checkpoint, settings, several(selection), allocation, resolve(strategy), data)
     evaluation = _preflight(names, evaluated, checkpoint) if names else None
     if evaluation and wanted.allow_non_uniform:
@@ -138,9 +147,15 @@ def prune(
     with collected(checkpoint, settings, data, output=target, facts=facts) as statistics:
         with subset_loss_of(checkpoint, settings, data, resolve(strategy), output=target) as subset_loss:
             made = _planned(checkpoint, statistics, wanted, subset_loss, text, target)
-        records = _records(statistics)
-        apply_drop(checkpoint, made, target, max_shard_size=max_shard_size, overwrite=overwrite, extra=records)
-    result = PruneResult(output=target, plan=made, statistics=statistics, verification=verify_drop(checkpoint, target))
+        dropped = hidden_sibling(target, "dropped") if heal else target
+        if not (heal and _is_there(dropped, made)):
+            writing: dict[str, Any] = {"max_shard_size": max_shard_size, "overwrite": overwrite or bool(heal)}
+            apply_drop(checkpoint, made, dropped, extra=_records(statistics), **writing)
+    proof = verify_drop(checkpoint, dropped)
+    result = PruneResult(output=target, plan=made, statistics=statistics, verification=proof)
+    if heal:
+        healing = _healed(checkpoint, dropped, target, settings, max_shard_size=max_shard_size, overwrite=overwrite)
+        result = dataclasses.replace(result, healing=healing)
     return _evaluated(result, checkpoint, evaluation, margin, cache_folder(cache)) if evaluation else result
 
 
@@ -191,6 +206,36 @@ def _evaluated(
     return dataclasses.replace(result, report=report)
 
 
+def _check_heal(method: str, checkpoint: Checkpoint, wanted: Decisions, data: CalibrationSet | None) -> None:
+    """Refuse to heal what cannot be, before anything runs."""
+    if method != LAYERWISE:
+        raise ConfigError(f"--heal knows {LAYERWISE} alone, not {method!r}", "run `moeprune heal` for other methods")
+    if data is None:
+        raise ConfigError("--heal trains on the calibration text", "pass --calibration data.jsonl")
+    if wanted.allow_non_uniform:
+        raise ConfigError("--heal needs layers with equal numbers of experts", "leave --allow-non-uniform out")
+    check_plain(checkpoint, "healing")
+    Text.split(data)
+
+
+def _is_there(dropped: Path, plan: PruningPlan) -> bool:
+    """Whether a run that was killed while it healed has left what this one would make first."""
+    file = dropped / PROVENANCE / "plan.json"
+    return file.is_file() and file.read_text(encoding="utf-8") == to_json(plan.to_dict())
+
+
+def _healed(
+    checkpoint: Checkpoint, dropped: Path, target: Path, settings: CalibrationOptions, **writing: Any
+) -> HealResult:
+    """Heal a checkpoint that was written beside the output, and remove it."""
+    read = {item.name: getattr(settings, item.name) for item in dataclasses.fields(settings)}
+    for name in ("sources", "layers", "statistics", "paths", "batch_tokens", "stream"):
+        del read[name]
+    result = heal_layerwise(checkpoint.path, dropped, target, calibration=settings.sources, **read, **writing)
+    shutil.rmtree(dropped)
+    return result
+
+
 def _records(statistics: RouterStatistics) -> dict[str, bytes]:
     """The statistics file, to lie beside the plan inside the checkpoint."""
     return {"statistics.safetensors": statistics.to_bytes()} if statistics.tokens else {}
@@ -206,7 +251,7 @@ def _preflight(names: tuple[str, ...], options: Mapping[str, Any], base: Checkpo
     return settings
 
 
-def _check_evaluated(tasks: tuple[str, ...], options: Mapping[str, Any], *, bundled: bool) -> None:
+def check_evaluated(tasks: tuple[str, ...], options: Mapping[str, Any], *, bundled: bool) -> None:
     """Refuse options that would silently do nothing."""
     idle = [name for name in _NEED_TASKS if options.get(name) not in (None, False)]
     idle = [name for name in idle if not bundled or name == "include_path"]
@@ -215,7 +260,7 @@ def _check_evaluated(tasks: tuple[str, ...], options: Mapping[str, Any], *, bund
         raise ConfigError(f"{option} says how to evaluate, and no task is named", "name tasks with --eval")
 
 
-def _bundled(
+def bundled(
     sources: tuple[str, ...], tasks: tuple[str, ...], options: Mapping[str, Any]
 ) -> tuple[Path, tuple[str, ...], tuple[str, ...], dict[str, Any]]:
     """The bundled model, and the bundled calibration text, tasks and limit where the user gave none."""

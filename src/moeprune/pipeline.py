@@ -12,15 +12,22 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from moeprune._files import PathLike, begin_work, check_free_space, check_output_file, check_output_folder
 from moeprune._options import CalibrationOptions, budget_of, by_stage, check_margin, eval_settings, several
+from moeprune.accounts import account_of
 from moeprune.checkpoint import Checkpoint, open_checkpoint
 from moeprune.choosing import decide
 from moeprune.collecting import collected, expected_of
 from moeprune.collectors.distributed import process_group
-from moeprune.errors import ConfigError
+from moeprune.errors import ConfigError, PlanError
 from moeprune.evaluation.cache import cache_folder
+from moeprune.plan_kinds import load_plan
 from moeprune.planner import Blend, Decisions, Protected, check_decisions, derive
+from moeprune.planner_fuse import derive_fusion
 from moeprune.plans import MtpPolicy, PruningPlan
+from moeprune.plans_fuse import FusePlan, plan_kind
+from moeprune.plans_skip import SkipPlan
 from moeprune.rewrite.drop import DEFAULT_SHARD_SIZE, apply_drop, check_output, keep_lists, output_tensors
+from moeprune.rewrite.fuse import apply_fuse, check_fitted, open_weights
+from moeprune.rewrite.skip import apply_skip, check_made_for
 from moeprune.scoring import load_selection, selection_evaluator
 from moeprune.statistics import RouterStatistics
 from moeprune.strategies import DEFAULT as DEFAULT_STRATEGY
@@ -34,6 +41,7 @@ if TYPE_CHECKING:
     from moeprune.rewrite.verify import Verification
     from moeprune.streaming.forecast import Forecast
 
+Applicable = PruningPlan | FusePlan | SkipPlan
 BUNDLED = Path(__file__).parent / "data"
 
 
@@ -221,7 +229,7 @@ def plan(
 
 def apply(
     model: PathLike,
-    plan: PathLike | PruningPlan,
+    plan: PathLike | Applicable,
     output: PathLike | None = None,
     *,
     max_shard_size: int = DEFAULT_SHARD_SIZE,
@@ -229,11 +237,11 @@ def apply(
     revision: str | None = None,
     dry_run: bool = False,
 ) -> Path:
-    """Write the pruned checkpoint that a plan describes, by copying bytes. Runs without torch.
+    """Write the checkpoint that a plan describes: pruned or gated by copying bytes, without torch, or fused.
 
     Args:
         model: folder or Hub id of the source.
-        plan: a plan or a plan file.
+        plan: a plan or a plan file; what a fuse plan fits to activations takes :func:`moeprune.fuse`.
         output: new folder, which appears whole or not at all; by default ``./<name>-<kept>of<E>``.
         max_shard_size: bytes of tensors per file.
         overwrite: replace a folder that is not empty.
@@ -245,7 +253,7 @@ def apply(
 
     Raises:
         StaleArtifactError: the plan was made for another model.
-        PlanError: no engine could run the result.
+        PlanError: no engine could run the result, or the plan records what was computed from data.
         ConfigError: the output is not empty, lies inside the source, or does not fit on the disk.
 
     Example:
@@ -265,17 +273,22 @@ def apply(
 
 def apply_plan(
     model: PathLike,
-    plan: PathLike | PruningPlan,
+    plan: PathLike | Applicable,
     output: PathLike | None,
     *,
     max_shard_size: int,
     overwrite: bool,
     revision: str | None,
     dry_run: bool,
-) -> tuple[Path, PruningPlan]:
+) -> tuple[Path, Applicable]:
     """What :func:`apply` does; gives the plan as executed too, whose size and engines follow from its keep-lists."""
-    decided = plan if isinstance(plan, PruningPlan) else PruningPlan.load(plan)
+    decided = plan if isinstance(plan, PruningPlan | FusePlan | SkipPlan) else _load_plan(plan)
     checkpoint = open_checkpoint(model, revision=revision)
+    writing: dict[str, Any] = {"max_shard_size": max_shard_size, "overwrite": overwrite}
+    if isinstance(decided, FusePlan):
+        return _apply_fusion(checkpoint, decided, Path(output) if output else None, writing, dry_run=dry_run)
+    if isinstance(decided, SkipPlan):
+        return _apply_gates(checkpoint, decided, Path(output) if output else None, writing, dry_run=dry_run)
     decided = derive(checkpoint, decided)
     target = Path(output) if output else default_output(model, decided.span, checkpoint.num_experts)
     check_output(checkpoint, target, overwrite=overwrite)
@@ -285,8 +298,54 @@ def apply_plan(
     return target, decided
 
 
+def _load_plan(path: PathLike) -> Applicable:
+    """A plan that can be applied."""
+    plan = load_plan(path)
+    if isinstance(plan, PruningPlan | FusePlan | SkipPlan):
+        return plan
+    raise PlanError(
+        f"{path} is a plan of kind {plan_kind(path)!r}: a record of what was computed from data",
+        f"run `moeprune {plan_kind(path)}` with the options of its command",
+    )
+
+
+def _apply_gates(
+    checkpoint: Checkpoint, plan: SkipPlan, output: Path | None, writing: Mapping[str, Any], *, dry_run: bool
+) -> tuple[Path, SkipPlan]:
+    if account_of(plan).trained:
+        raise PlanError(
+            "the plan belongs to weights that were trained with it, and it does not hold them",
+            "run `moeprune skip` with the options of its command",
+        )
+    target = output or Path(f"{model_name(checkpoint.path)}-skip{100 * plan.target:g}")
+    check_output(checkpoint, target, overwrite=writing["overwrite"])
+    check_made_for(plan.inputs, checkpoint)
+    check_free_space(target, checkpoint.nbytes)
+    if not dry_run:
+        apply_skip(checkpoint, plan, target, **writing)
+    return target, plan
+
+
+def _apply_fusion(
+    checkpoint: Checkpoint, plan: FusePlan, output: Path | None, writing: Mapping[str, Any], *, dry_run: bool
+) -> tuple[Path, FusePlan]:
+    decided = derive_fusion(checkpoint, plan)
+    target = output or default_output(checkpoint.path, f"fused-{decided.kept}", checkpoint.num_experts)
+    check_output(checkpoint, target, overwrite=writing["overwrite"])
+    check_free_space(target, 2 * decided.size["bytes"]["after"])
+    check_fitted(decided)
+    weights = open_weights(checkpoint)
+    if not dry_run:
+        apply_fuse(checkpoint, decided, target, weights=weights, **writing)
+    return target, decided
+
+
 def verify(model: PathLike, output: PathLike, *, revision: str | None = None) -> Verification:
     """Prove that every tensor of a pruned checkpoint equals its bytes in the source. Runs without torch.
+
+    Of a fused one that holds for what was not merged; what was is as it was written. Of a sparsified one it holds for
+    whatever is no expert, and for the weights of experts that stayed. Of a healed one, whose
+    source is what was healed, it holds for what was not trained.
 
     Args:
         model: folder or Hub id of the source.
@@ -302,9 +361,9 @@ def verify(model: PathLike, output: PathLike, *, revision: str | None = None) ->
     Example:
         >>> moeprune.verify("base", "pruned").tensors
     """
-    from moeprune.rewrite.verify import verify_drop
+    from moeprune.rewrite.verify_output import verify_output
 
-    return verify_drop(open_checkpoint(model, revision=revision), output)
+    return verify_output(open_checkpoint(model, revision=revision), output)
 
 
 def evaluate(
@@ -465,8 +524,12 @@ def compare(
 
 def default_output(model: PathLike, kept: int | str, experts: int) -> Path:
     """The folder that is written when the user names none."""
-    name = "moeprune-tiny" if Path(model) == BUNDLED / "model" else Path(os.fspath(model)).resolve().name
-    return Path(f"{name}-{str(kept).replace(' ', '')}of{experts}")
+    return Path(f"{model_name(model)}-{str(kept).replace(' ', '')}of{experts}")
+
+
+def model_name(model: PathLike) -> str:
+    """How outputs of a model are called when the user names none."""
+    return "moeprune-tiny" if Path(model) == BUNDLED / "model" else Path(os.fspath(model)).resolve().name
 
 
 def check_space(checkpoint: Checkpoint, plan: PruningPlan, target: Path) -> None:

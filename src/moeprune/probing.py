@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from moeprune._files import PathLike, check_output_folder, sha256_bytes, to_json
+from moeprune._files import PathLike, begin_work, check_output_folder, sha256_bytes, to_json
 from moeprune._options import CalibrationOptions, by_stage, several
 from moeprune.calibration import DEFAULT_LABEL, CalibrationSet
 from moeprune.checkpoint import Checkpoint, open_checkpoint
@@ -33,8 +33,10 @@ from moeprune.evaluation.probes import (
     write_probes,
 )
 from moeprune.pipeline import BUNDLED
-from moeprune.plans import PruningPlan
+from moeprune.plan_kinds import AnyPlan, load_drop, load_plan
+from moeprune.plans import DROP, PruningPlan
 from moeprune.rewrite.drop import PROVENANCE, check_plan
+from moeprune.runtime.loading import kind_of, needs_loading
 from moeprune.scoring import logits_bytes, open_evaluator, text_digests
 from moeprune.statistics import RouterStatistics
 
@@ -251,7 +253,7 @@ def _plan_of(pruned: PathLike | PruningPlan) -> PruningPlan | None:
     """The plan that is given, or None for a checkpoint."""
     if isinstance(pruned, PruningPlan):
         return pruned
-    return PruningPlan.load(pruned) if Path(pruned).suffix == ".json" else None
+    return load_drop(pruned, "a probe of a plan") if Path(pruned).suffix == ".json" else None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -267,18 +269,20 @@ def _mix_of(pruned: PathLike | PruningPlan, plan: PruningPlan | None) -> _Mix:
     folder = None
     if not isinstance(pruned, PruningPlan):
         folder = Path(pruned).parent if plan is not None else Path(pruned) / PROVENANCE
+    made: AnyPlan | None = plan
     if plan is None and folder is not None and (folder / "plan.json").is_file():
-        plan = PruningPlan.load(folder / "plan.json")
-    if plan is None:
+        made = load_plan(folder / "plan.json")
+    if made is None:
         return _Mix(domains=None, digests=frozenset())
-    domains, digests = {*plan.coverage}, text_digests(plan.inputs.values(), ())
+    domains = {*made.coverage} if isinstance(made, PruningPlan) else set()
+    digests = text_digests(made.inputs.values(), ())
     file = folder / "statistics.safetensors" if folder is not None else None
     if file is not None and file.is_file():
         statistics = RouterStatistics.load(file)
-        if statistics.inputs.get("calibration") == plan.inputs.get("calibration"):
+        if statistics.inputs.get("calibration") == made.inputs.get("calibration"):
             domains |= {*statistics.domains}
             digests |= text_digests((), statistics.provenance)
-    left_out = {domain for domain, weight in (plan.command.get("weights") or {}).items() if not weight}
+    left_out = {domain for domain, weight in (made.command.get("weights") or {}).items() if not weight}
     return _Mix(domains=frozenset(domains - left_out) if domains else None, digests=frozenset(digests))
 
 
@@ -338,16 +342,23 @@ def _of_two(job: _Job, pruned: Checkpoint) -> _Measured:
     beside = resident_bytes(pruned, settings.dtype) + logits_bytes(job.checkpoint, job.data, settings)
     reason = "--stream is given" if settings.stream else does_not_fit(job.checkpoint, settings, beside)
     if reason and settings.stream is not False:
+        dropped = kind_of(pruned.path) == DROP and not (pruned.path / PROVENANCE / "healing.json").is_file()
         plan = pruned.path / PROVENANCE / "plan.json"
-        hint = f"give its plan instead: {plan}" if plan.is_file() else "use a machine with more memory"
+        hint = f"give its plan instead: {plan}" if dropped else "use a machine with more memory"
         raise ConfigError(f"probes need both models in memory, and {reason}", hint)
     return _run(job, _load(job, job.checkpoint), _load(job, pruned), contextlib.nullcontext)
 
 
 def _load(job: _Job, checkpoint: Checkpoint) -> PreTrainedModel:
-    from moeprune.collectors.resident import load_model
+    """A model that runs as its plan says, whatever the kind of the plan."""
+    from moeprune.collectors.resident import load_model, place_of
+    from moeprune.runtime.loading import load
 
     settings = job.settings
+    if needs_loading(checkpoint.path):
+        place, trust = place_of(settings.device), settings.trust_remote_code
+        begin_work()
+        return load(checkpoint.path, dtype=settings.dtype, device_map=place, trust_remote_code=trust)
     return load_model(
         checkpoint, device=settings.device, dtype=settings.dtype, trust_remote_code=settings.trust_remote_code
     )

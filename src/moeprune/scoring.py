@@ -14,15 +14,22 @@ from typing import TYPE_CHECKING, Any
 
 from moeprune._files import PathLike, begin_work, check_output_folder, sha256_bytes, to_json
 from moeprune._options import CalibrationOptions, by_stage, several
+from moeprune.accounts import account_of
 from moeprune.calibration import CalibrationSet
 from moeprune.checkpoint import Checkpoint, open_checkpoint
 from moeprune.collecting import check_spill, limits_of, open_stream, spill_folder, streams
 from moeprune.errors import ConfigError, MoePruneError
 from moeprune.evaluation.agreement import batches
-from moeprune.evaluation.evaluator import Evaluator, KeepLists, PlanScore, ResidentEvaluator, check_documents
+from moeprune.evaluation.evaluator import Evaluator, Masked, PlanScore, ResidentEvaluator, check_documents
+from moeprune.evaluation.skip_report import measured_rate
+from moeprune.evaluation.skipped import Gated, Tally
 from moeprune.evaluation.text import TextReport, write_text_report
+from moeprune.plan_kinds import load_plan
 from moeprune.plans import PruningPlan
+from moeprune.plans_fuse import plan_kind
+from moeprune.plans_skip import SkipPlan
 from moeprune.rewrite.drop import PROVENANCE, check_plan
+from moeprune.rewrite.skip import check_made_for
 from moeprune.statistics import RouterStatistics
 from moeprune.strategies import AUTO, BUILTIN, Strategy
 from moeprune.strategies.allocate import Allocation
@@ -32,8 +39,9 @@ if TYPE_CHECKING:
     from moeprune.streaming.forecast import Forecast
     from moeprune.streaming.stream import LayerStream
 
+_EVALUATE = "evaluate the checkpoint that it made: moeprune eval BASE OUT --tasks ... or --probes"
 SELECTION_SAMPLES = 64  # rows of each source, as in the paper of the search
-PlanLike = PathLike | PruningPlan
+PlanLike = PathLike | PruningPlan | SkipPlan
 
 
 def evaluate_text(
@@ -53,7 +61,8 @@ def evaluate_text(
 
     Args:
         base: folder or Hub id of the original.
-        plans: plans, plan files, or folders that :func:`moeprune.apply` wrote, whose plan is taken; one or many.
+        plans: plans that drop experts or skip some of them for tokens, their files, or folders that
+            :func:`moeprune.apply` wrote, whose plan is taken; one or many.
         text: ``[DOMAIN=]SOURCE`` each, as for calibration; a row is a document.
         output: folder for ``text.json`` and ``text.md``.
         revision: of a base on the Hub.
@@ -72,24 +81,43 @@ def evaluate_text(
         >>> report.best, [plan.ratio.value for plan in report.plans]
     """
     job = _opened(base, plans, text, output, revision=revision, overwrite=overwrite, options=options)
-    keeps = [{index: plan.layers[index].keep for index in job.checkpoint.moe_layers} for plan in job.plans.values()]
-    with open_evaluator(job.checkpoint, job.settings, job.data, plans=len(keeps), output=job.output) as evaluator:
-        report = _report(job, keeps, evaluator(keeps))
+    variants = [_variant(job, plan) for plan in job.plans.values()]
+    with open_evaluator(job.checkpoint, job.settings, job.data, plans=len(variants), output=job.output) as evaluator:
+        report = _report(job, variants, evaluator.score(variants))
     if job.output is not None:
         write_text_report(report, job.output)
     return report
 
 
-def _report(job: _Job, keeps: Sequence[KeepLists], scores: Sequence[PlanScore]) -> TextReport:
+def _variant(job: _Job, plan: PruningPlan | SkipPlan) -> Masked | Gated:
+    """The base model as a plan has it."""
+    if isinstance(plan, PruningPlan):
+        return Masked({index: plan.layers[index].keep for index in job.checkpoint.moe_layers})
+    return Gated(plan, Tally([0] * len(job.data.sequences)))
+
+
+def _kept(job: _Job, plan: PruningPlan | SkipPlan) -> float:
+    """Experts that stay in a MoE layer, the mean over the layers."""
+    if isinstance(plan, SkipPlan):
+        return float(job.checkpoint.num_experts)
+    return sum(len(plan.layers[index].keep) for index in job.checkpoint.moe_layers) / len(job.checkpoint.moe_layers)
+
+
+def _report(job: _Job, variants: Sequence[Masked | Gated], scores: Sequence[PlanScore]) -> TextReport:
+    skipped = (
+        f"{name} keeps all experts and skips {100 * measured_rate(variant.tally):.1f} % of the slots on this text"
+        for name, variant in zip(job.plans, variants, strict=True)
+        if isinstance(variant, Gated)
+    )
     plans = {f"plan {name}": sha256_bytes(to_json(plan.to_dict()).encode()) for name, plan in job.plans.items()}
     return TextReport.of(
         dict(zip(job.plans, scores, strict=True)),
-        {name: sum(map(len, keep.values())) / len(keep) for name, keep in zip(job.plans, keeps, strict=True)},
+        {name: _kept(job, plan) for name, plan in job.plans.items()},
         job.data.domains,
         base_model=job.checkpoint.path.resolve().name,
         num_experts=job.checkpoint.num_experts,
         text=job.data.provenance,
-        warnings=job.warnings,
+        warnings=(*job.warnings, *skipped),
         command=job.settings.canonical() | {"stage": "text"},
         inputs={"model": job.checkpoint.fingerprint, "text": job.data.fingerprint} | plans,
     )
@@ -295,7 +323,7 @@ class _Job:
     checkpoint: Checkpoint
     settings: CalibrationOptions
     data: CalibrationSet
-    plans: dict[str, PruningPlan]
+    plans: dict[str, PruningPlan | SkipPlan]
     output: Path | None
     warnings: tuple[str, ...]
 
@@ -317,7 +345,7 @@ def _opened(
     settings = CalibrationOptions(sources=several(text), **given)
     if output is not None:
         check_output_folder(output, overwrite=overwrite)
-    sources = [plans] if isinstance(plans, str | os.PathLike | PruningPlan) else list(plans)
+    sources = [plans] if isinstance(plans, str | os.PathLike | PruningPlan | SkipPlan) else list(plans)
     if not sources:
         raise ConfigError("there is no plan to score", "name plan files, or folders that `moeprune apply` wrote")
     read = {name: _read_plan(source) for name, source in zip(_names(sources), sources, strict=True)}
@@ -337,9 +365,9 @@ def _opened(
     )
 
 
-def _read_plan(source: PlanLike) -> tuple[PruningPlan, set[str]]:
+def _read_plan(source: PlanLike) -> tuple[PruningPlan | SkipPlan, set[str]]:
     """A plan, and the digests of the texts that it was made from as far as they are known."""
-    if isinstance(source, PruningPlan):
+    if isinstance(source, PruningPlan | SkipPlan):
         return source, text_digests(source.inputs.values(), ())
     file, statistics = Path(source), Path(source) / PROVENANCE / "statistics.safetensors"
     if file.is_dir():
@@ -347,7 +375,11 @@ def _read_plan(source: PlanLike) -> tuple[PruningPlan, set[str]]:
         if not file.is_file():
             hint = "name plan files, or folders that `moeprune apply` wrote"
             raise ConfigError(f"{source} is no checkpoint that moeprune wrote: it has no {PROVENANCE}/plan.json", hint)
-    plan = PruningPlan.load(file)
+    if (file.parent / "healing.json").is_file():
+        raise ConfigError(f"{source} was healed: its plan alone does not make it", _EVALUATE)
+    plan = load_plan(file)
+    if not isinstance(plan, PruningPlan | SkipPlan):
+        raise ConfigError(f"{file} is a plan of kind {plan_kind(file)!r}, which computes new weights", _EVALUATE)
     provenance = RouterStatistics.load(statistics).provenance if statistics.is_file() else ()
     return plan, text_digests(plan.inputs.values(), provenance)
 
@@ -360,10 +392,17 @@ def text_digests(fingerprints: Iterable[object], provenance: Sequence[Any]) -> s
     return found - {""}
 
 
-def _check(checkpoint: Checkpoint, name: str, plan: PruningPlan) -> None:
-    """Refuse a plan of another model, or that no engine could run, by its name."""
+def _check(checkpoint: Checkpoint, name: str, plan: PruningPlan | SkipPlan) -> None:
+    """Refuse a plan of another model, that no engine could run, or that belongs to other weights, by its name."""
     try:
-        check_plan(checkpoint, plan)
+        if isinstance(plan, PruningPlan):
+            check_plan(checkpoint, plan)
+            return
+        check_made_for(plan.inputs, checkpoint)
+        if account_of(plan).trained:
+            raise ConfigError("the plan belongs to weights that were trained with it", _EVALUATE)
+        if plan.baked:
+            raise ConfigError("the plan is a config with fewer experts per token", _EVALUATE)
     except MoePruneError as error:
         raise type(error)(f"{name}: {error.message}", error.hint) from error
 
@@ -383,7 +422,7 @@ def _names(sources: Sequence[PlanLike]) -> Iterator[str]:
 
 
 def _parts(source: PlanLike) -> tuple[str, ...]:
-    if isinstance(source, PruningPlan):
-        return (str(source.strategy.get("name", "plan")),)
+    if isinstance(source, PruningPlan | SkipPlan):
+        return (source.policy if isinstance(source, SkipPlan) else str(source.strategy.get("name", "plan")),)
     path = Path(source).resolve()
     return (path.with_suffix("") if path.suffix == ".json" else path).parts

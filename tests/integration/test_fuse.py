@@ -346,6 +346,59 @@ def test_a_fit_is_closer_than_the_mean(
     assert all(one < 0.95 * other for one, other in zip(after, before, strict=True))
 
 
+def fit_by_hand(base: Path, plan: FusePlan, index: int, place: int, file: Path) -> torch.Tensor:
+    """The down projection of one tied expert, from a loop over tokens in float64."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(base).eval()
+    experts, calls, group = model.model.layers[index].mlp.experts, [], plan.layers[index].groups[place]
+    experts.register_forward_hook(lambda _, args, output: calls.append((*args, output)))
+    gate_up, down = experts.gate_up_proj.detach().double(), experts.down_proj.detach().double()
+
+    def inner(weight: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
+        gate, up = (weight @ hidden).chunk(2)
+        return torch.nn.functional.silu(gate) * up
+
+    shares = [1.0, *[0.0] * (len(group.members) - 1)] if plan.merge == "absorb" else group.weights
+    mixed = [
+        sum(share * part[one] for share, one in zip(shares, group.members, strict=True)) for part in (gate_up, down)
+    ]
+    left, right = [], []
+    with torch.no_grad():
+        for line in file.read_text().splitlines():
+            model(torch.tensor([json.loads(line)["input_ids"]]))
+    for hidden_TH, index_TK, gates_TK, output_TH in calls:
+        for hidden, chosen, gates, output in zip(hidden_TH, index_TK, gates_TK, output_TH, strict=True):
+            own = [
+                (int(one), float(gate)) for one, gate in zip(chosen, gates, strict=True) if int(one) in group.members
+            ]
+            if own:
+                wide, norm = hidden.double(), float(output.double().norm())
+                wanted = sum(gate * (down[one] @ inner(gate_up[one], wide)) for one, gate in own)
+                left.append(sum(gate for _, gate in own) * inner(mixed[0], wide) / norm)
+                right.append(torch.as_tensor(wanted) / norm)
+    rows, wanted_rows = torch.stack(left), torch.stack(right)
+    gram = rows.T @ rows
+    ridge = 0.01 * gram.diagonal().mean() * torch.eye(len(gram), dtype=torch.float64)
+    start = torch.as_tensor(mixed[1])
+    return torch.linalg.solve(gram + ridge, rows.T @ wanted_rows + ridge @ start.T).T
+
+
+@pytest.mark.parametrize("merge", ["absorb", "least-squares"])
+def test_a_fit_is_that_of_a_loop(merge: str, checkpoint_of: CheckpointOf, ids_file: Path, tmp_path: Path) -> None:
+    """Gates, members, padding, relative errors and the ridge are those of a loop over single tokens."""
+    import torch
+
+    base = checkpoint_of("qwen3_moe")
+    plan = plan_by_hand(base, 8, router="tied", merge=merge)
+    moeprune.fuse(base, tmp_path / "out", plan=plan, calibration=str(ids_file), batch_tokens=128)
+    place = max(range(8), key=lambda one: len(plan.layers[2].groups[one].members))
+    found = tensors_of(tmp_path / "out")[f"model.layers.2.mlp.experts.{place}.down_proj.weight"]
+    expected = fit_by_hand(base, plan, 2, place, ids_file)
+    torch.testing.assert_close(found.double(), expected, rtol=1e-3, atol=1e-4)
+
+
 @pytest.mark.parametrize("stacked", [False, True])
 def test_absorbing_experts_keep_their_gate_and_up(
     stacked: bool, checkpoint_of: CheckpointOf, ids_file: Path, tmp_path: Path

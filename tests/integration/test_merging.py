@@ -47,11 +47,16 @@ def test_an_expert_and_its_permuted_copies_merge_into_it(method: str, dtype: str
     assert not torch.allclose(plain[0].float(), expert[0].float(), atol=1e-2)
 
 
-def test_the_order_of_neurons_is_the_best_one() -> None:
+@pytest.mark.parametrize("part", [0, 1, 2, None])
+def test_the_order_of_neurons_is_the_best_one(part: int | None) -> None:
     """Of all orders, the one with the largest sum of inner products, of gate, up and down alike."""
     import torch
 
-    one, other = expert_of(1), expert_of(2)
+    def only(expert: Expert) -> Expert:
+        gate, up, down = (matrix * (part in (None, place)) for place, matrix in enumerate(expert))
+        return gate, up, down
+
+    one, other = only(expert_of(1)), only(expert_of(2))
 
     def likeness(order: tuple[int, ...]) -> float:
         moved = permuted(other, torch.tensor(order))

@@ -18,18 +18,20 @@ FILES = {
 }
 # From the bottom to the top; a name stands for a module, or for a package with all of its modules.
 LAYERS = (
-    {"errors", "_files", "_plugins", "_version", "_commands"},
-    {"catalogue", "statistics_file", "statistics", "plans", "architectures", "headers"},
-    {"strategies", "checkpoint", "experts"},
+    {"errors", "_files", "_plugins", "_version", "_commands", "sketches"},
+    {"catalogue", "statistics_file", "statistics", "architectures", "headers"}
+    | {"plans", "plans_sparsify", "plans_multiplex", "plans_skip", "plans_fuse"},
+    {"strategies", "checkpoint", "experts", "plan_kinds", "accounts"},
     {"streaming"},
     {"calibration", "collectors", "rewrite", "runtime", "evaluation", "engines", "stability", "budgets"},
-    {"planner", "_options", "inspecting", "publish"},
-    {"collecting", "choosing"},
-    {"pipeline", "scoring", "reconstructing"},
-    {"oneshot"},
-    {"sweeping", "probing"},
+    {"_late", "planner", "_options", "inspecting", "publish", "healing"},
+    {"collecting", "choosing", "planner_fuse"},
+    {"pipeline", "scoring", "reconstructing", "repairing"},
+    {"oneshot", "sparsifying", "multiplexing", "skip_scoring", "distilling"},
+    {"sweeping", "probing", "gating", "fusing", "mending"},
     {"_cli_options", "_cli_output"},
     {"_cli_eval", "_cli_inspect", "_cli_listing", "_cli_publish", "_cli_report", "_cli_probes", "_cli_sweep"},
+    {"_cli_sparsify", "_cli_multiplex", "_cli_skip", "_cli_fuse", "_cli_heal"},
     {"_cli_run"},
     {"cli"},
     {"__main__"},
@@ -43,15 +45,22 @@ SIDEWAYS = {
     ("statistics", "statistics_file"),
     ("statistics_file", "catalogue"),
     ("statistics_file", "headers"),
+    ("accounts", "plan_kinds"),
+    ("checkpoint", "plan_kinds"),
     ("collectors", "calibration"),
     ("evaluation", "rewrite"),
     ("evaluation", "runtime"),
     ("pipeline", "scoring"),
+    ("plans_fuse", "plans"),
+    ("plans_skip", "plans"),
+    ("plans_multiplex", "plans"),
+    ("plans_sparsify", "plans"),
+    ("rewrite", "collectors"),
     ("runtime", "collectors"),
     ("runtime", "rewrite"),
 }
 HEAVY = {
-    *("torch", "transformers", "datasets", "lm_eval", "accelerate", "huggingface_hub", "pyarrow"),
+    *("torch", "transformers", "datasets", "lm_eval", "accelerate", "peft", "huggingface_hub", "pyarrow"),
     *("scipy", "safetensors", "jinja2", "yaml", "tqdm"),
 }
 MODULES = [name for name in FILES if name != "moeprune"]  # the package itself only names what others hold

@@ -73,6 +73,25 @@ PROBES = {
     ],
     "warnings": [],
 }
+SKIP_SCORE = {"rate": 0.489, "ratio": {"value": 1.032, "interval": [1.024, 1.041]}, "top1": {"value": 0.867}}
+SKIP = {
+    "schema": "moeprune.skip/1",
+    **HEAD,
+    "command": {"stage": "skip", "policy": "share", "skip_rate": 0.5},
+    "base_model": "big",
+    "policy": "share",
+    "renorm": "none",
+    "top_k": 4,
+    "documents": 7,
+    "tokens": 90,
+    "curve": [],
+    "perplexity": {"value": 9.5},
+    "point": {"target": 0.5, "policy": SKIP_SCORE, "random": {"ratio": {"value": 3.55}}, "oracle": SKIP_SCORE},
+    "layers": {},
+    "domains": {},
+    "classes": {},
+    "text": [{"source": "held.jsonl"}],
+}
 SWEEP = {
     "schema": "moeprune.sweep/1",
     **HEAD,
@@ -128,6 +147,16 @@ def test_statistics_say_what_was_seen(out: Path) -> None:
     [
         (REPORT, ["small against big", "NOT the full benchmark", "-6.0 points (-9.0..-3.0): loss", "-12.5"]),
         (TEXT, ["--text held.jsonl", "7 documents, 90 predicted tokens", "1.250", "16/32"]),
+        (
+            SKIP,
+            [
+                "--heldout held.jsonl --policy share --skip-rate 0.5",
+                "top-4",
+                "48.9",
+                "1.024..1.041",
+                "3.550",
+            ],
+        ),
         (PROBES, ["share that loops", "+3.2 %", "0.1..6"]),
         (SWEEP, ["0.25 is the largest ratio whose loss stays within 1 points", "-6.0", "1.2 kB"]),
     ],
@@ -140,13 +169,16 @@ def test_reports_show_their_figures(
     file.write_text(json.dumps(payload))
     assert cli.run(["inspect", str(file)]) == 0
     told = capsys.readouterr().out
-    for text in (*expected, "moeprune eval" if payload is not SWEEP else "moeprune sweep", "of base"):
+    made_by = {SWEEP["schema"]: "moeprune sweep", SKIP["schema"]: "moeprune skip"}.get(
+        payload["schema"], "moeprune eval"
+    )
+    for text in (*expected, made_by, "of base"):
         assert text in told
     assert len(told.splitlines()) < 40
     assert cli.run(["inspect", str(file), "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["schema"] == payload["schema"]
-    assert found["command"] == HEAD["command"]
+    assert found["command"] == payload["command"]
 
 
 def test_long_tables_are_cut(tmp_path: Path) -> None:

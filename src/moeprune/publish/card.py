@@ -15,6 +15,7 @@ from moeprune.architectures import ExpertName, RouterName, StackedName
 from moeprune.checkpoint import Checkpoint
 from moeprune.errors import ranges
 from moeprune.evaluation.page import formats
+from moeprune.evaluation.page.changes import skip_table, skipped_by_task
 from moeprune.evaluation.page.commands import command_lines
 from moeprune.evaluation.page.cost import ProbeLine, TaskRow, probe_lines, tasks_of, text_table
 from moeprune.evaluation.page.decisions import experts_of
@@ -22,6 +23,8 @@ from moeprune.evaluation.page.parts import Table
 from moeprune.evaluation.page.ratios import Sweep, sweep_of
 from moeprune.evaluation.paired import INCONCLUSIVE
 from moeprune.evaluation.report import banner
+from moeprune.plans import PruningPlan
+from moeprune.publish import changed
 from moeprune.publish.evidence import Evidence, Proof
 from moeprune.statistics import RARE, RouterStatistics
 
@@ -100,9 +103,9 @@ def _front_matter(evidence: Evidence, name: str) -> str:
         license_name=licence.title or None,
         license_link=licence.link or None,
         language=_languages(evidence.front_matter.get("language")),
-        library_name="transformers",
+        library_name="transformers" if changed.stock(evidence) else "moeprune",
         pipeline_tag=str(evidence.front_matter.get("pipeline_tag") or "text-generation"),
-        tags=list(TAGS),
+        tags=_tags(evidence),
         datasets=_datasets(evidence.sources.statistics) or None,
         model_name=name,
         eval_results=[_eval_result(row) for row in report.tasks] if report else None,
@@ -111,6 +114,12 @@ def _front_matter(evidence: Evidence, name: str) -> str:
     if not report:
         data.pop("model_name")
     return data.to_yaml()
+
+
+def _tags(evidence: Evidence) -> list[str]:
+    first, pruned, last = TAGS
+    done = [*([pruned] if evidence.plan else []), *changed.tags_of(evidence.accounts)]
+    return [first, *dict.fromkeys(done), last]
 
 
 def _languages(value: object) -> str | list[str] | None:
@@ -165,12 +174,17 @@ class _Card:
     cost: Markdown
     banner: str
     changes: list[Row]
+    done: str
     proof: str
+    choice_title: str
     choice: list[str]
+    load: bool
     calibration: _Calibration | None
+    calibrated_on: str
     tasks: list[Row] | None
     evaluation: list[str]
     text: Table | None
+    skip: Table | None
     probes: list[Row] | None
     probe_warnings: list[str]
     sweep: Sweep | None
@@ -187,15 +201,20 @@ def _card(evidence: Evidence, proof: Proof, name: str) -> _Card:
         name=name,
         version=__version__,
         summary=_summary(evidence),
-        cost=_cost(report),
+        cost=_cost(evidence),
         banner=banner(report) if report and report.partial else "",
-        changes=list(_changes(evidence)),
-        proof=_proof(proof),
-        choice=list(_choice(evidence)),
+        changes=list(_changes(evidence, evidence.plan) if evidence.plan else changed.rows_of(evidence)),
+        done=evidence.done,
+        proof=changed.proof_of(evidence, proof) if evidence.accounts else _proof(proof),
+        choice_title="How it was made" if evidence.accounts else "How the experts were chosen",
+        choice=[*(_choice(evidence.plan) if evidence.plan else ()), *changed.choices_of(evidence.accounts)],
+        load=not changed.stock(evidence) or changed.gated(evidence),
         calibration=_calibration(evidence),
+        calibrated_on=changed.calibration_digest(evidence),
         tasks=_task_rows(report) if report else None,
         evaluation=_evaluation(report) if report else [],
         text=text_table(sources.text) if sources.text else None,
+        skip=skip_table(sources.skip) if sources.skip else None,
         probes=[_probe(row) for row in probe_lines(sources.probes)] if sources.probes else None,
         probe_warnings=[str(line) for line in (sources.probes or {}).get("warnings", ())],
         sweep=sweep_of(sources.sweep) if sources.sweep else None,
@@ -211,19 +230,33 @@ def _summary(evidence: Evidence) -> str:
     plan, base = evidence.plan, evidence.base
     at = f" at revision {base.revision}" if base.revision else ""
     parent = f"{base.repo}{at}" if base.repo else "a model whose name on the Hub is not recorded"
+    if plan is None:
+        done = "; ".join(account.summary for account in evidence.accounts)
+        return f"{parent}, changed by moeprune: {done}. A {evidence.done} model is not the parent."
     kept = f"{plan.span} of {_experts_before(evidence)} routed experts in each of {len(plan.layers)} MoE layers"
-    return f"{parent}, with {kept}. The others were removed by moeprune; a pruned model is not the parent."
+    more = "".join(f" Then {account.summary}." for account in evidence.accounts)
+    return f"{parent}, with {kept}. The others were removed by moeprune; a pruned model is not the parent.{more}"
 
 
 def _experts_before(evidence: Evidence) -> int:
     recorded = (evidence.sources.provenance or {}).get("experts", {}).get("before")
-    return recorded if isinstance(recorded, int) else experts_of(evidence.sources)
+    known = isinstance(recorded, int) and not evidence.sources.healing  # which starts from the pruned one
+    return recorded if known else experts_of(evidence.sources)
 
 
-def _cost(report: EvalReport | None) -> Markdown:
+def _cost(evidence: Evidence) -> Markdown:
     """What it cost, before anything else is said."""
-    if report is None or not report.tasks:
-        return Markdown("**Cost: not evaluated.** What pruning cost this model was not measured on any task.")
+    report, skip = evidence.sources.report, evidence.sources.skip
+    text = f" On text: {changed.skip_cost(skip)}." if skip else ""
+    if report is not None and report.tasks:
+        return Markdown(f"{_task_cost(report)}{text}")
+    if skip:
+        return Markdown(f"**Cost: {changed.skip_cost(skip)}.** No task was evaluated.")
+    doing = " and ".join([*(["pruning"] if evidence.plan else []), *(one.doing for one in evidence.accounts)])
+    return Markdown(f"**Cost: not evaluated.** What {doing} cost this model was not measured on any task.")
+
+
+def _task_cost(report: EvalReport) -> str:
     tasks = tasks_of(report)
     worst, count = tasks.worst, len(report.tasks)
     unit = "points" if report.tasks[0].unit == "points" else f"({report.tasks[0].metric})"
@@ -237,11 +270,11 @@ def _cost(report: EvalReport | None) -> Markdown:
         line += f", {unclear} inconclusive: too few documents to tell"
     if tasks.suite:
         line += f"; mean {tasks.suite.change} ({tasks.suite.interval})"
-    return Markdown(f"{line}.")
+    return f"{line}."
 
 
-def _changes(evidence: Evidence) -> Iterator[Row]:
-    plan, checkpoint = evidence.plan, evidence.checkpoint
+def _changes(evidence: Evidence, plan: PruningPlan) -> Iterator[Row]:
+    checkpoint = evidence.checkpoint
     before = _experts_before(evidence)
     yield "routed experts per MoE layer", str(before), plan.span
     if not plan.uniform:
@@ -253,20 +286,21 @@ def _changes(evidence: Evidence) -> Iterator[Row]:
     if size:
         yield "parameters", f"{size['before']:,}", f"{size['after']:,}"
         yield "of these active per token", *(f"{count:,}" for count in active_parameters(checkpoint, before))
-    stored = (evidence.sources.provenance or {}).get("bytes") or plan.size.get("bytes")
+    recorded = {} if evidence.accounts else (evidence.sources.provenance or {})  # healing starts from the pruned one
+    stored = recorded.get("bytes") or plan.size.get("bytes")
     if stored:
         saved = 100 * (1 - stored["after"] / stored["before"])
         yield "weights on disk", human_bytes(stored["before"]), f"{human_bytes(stored['after'])} (-{saved:.0f} %)"
     dtypes = ", ".join(sorted({entry.dtype for entry in checkpoint.tensors.values()}))
     yield "dtypes on disk", dtypes, dtypes
-    yield "MTP layers", *_mtp(evidence)
+    yield "MTP layers", *_mtp(evidence, plan)
 
 
-def _mtp(evidence: Evidence) -> tuple[str, str]:
+def _mtp(evidence: Evidence, plan: PruningPlan) -> tuple[str, str]:
     checkpoint, spec = evidence.checkpoint, evidence.checkpoint.spec
     if checkpoint.mtp_layers:
         return ranges(checkpoint.mtp_layers), "kept, with as many experts"
-    dropped = bool(spec.mtp_key) and evidence.plan.config_edits.get(spec.path(spec.mtp_key)) == 0
+    dropped = bool(spec.mtp_key) and plan.config_edits.get(spec.path(spec.mtp_key)) == 0
     return ("there", "dropped") if dropped else ("none", "none")
 
 
@@ -312,8 +346,7 @@ def _proof(proof: Proof) -> str:
     )
 
 
-def _choice(evidence: Evidence) -> Iterator[str]:
-    plan = evidence.plan
+def _choice(plan: PruningPlan) -> Iterator[str]:
     strategy, command = plan.strategy, plan.command
     paper = f" ({strategy['paper']})" if "paper" in strategy else ""
     yield f"Strategy: {strategy.get('name', 'by hand')}, {strategy.get('what', 'keep-lists')}{paper}."
@@ -340,7 +373,8 @@ def _calibration(evidence: Evidence) -> _Calibration | None:
     statistics = evidence.sources.statistics
     if statistics is None or not statistics.tokens:
         return None
-    weights = evidence.plan.command.get("weights", {})
+    decided = evidence.plan or evidence.sources.change
+    weights = (decided.command if decided else {}).get("weights", {})
     return _Calibration(
         source_head=("source", "revision", "domains", "samples", "tokens", "max length", "sha256 of the tokens"),
         sources=[_source_row(entry) for entry in statistics.provenance],
@@ -404,6 +438,7 @@ def _evaluation(report: EvalReport) -> list[str]:
         f"Margin in points: {report.margin:g}; significance level {report.alpha:g} after Holm's adjustment.",
         "Detectable: the smallest change that this many documents show with 80 % power.",
         f"Settings: {settings or 'not recorded'}.",
+        *([f"Slots skipped, measured on each task: {skipped}."] if (skipped := skipped_by_task(report)) else []),
         *map(str, report.warnings),
     ]
     if "tasks" not in report.command:
@@ -423,6 +458,8 @@ def _engines(evidence: Evidence) -> list[Row]:
     if report and report.inputs.get("pruned") == evidence.checkpoint.fingerprint:
         ran = _BACKENDS.get(str(report.settings.get("model_source", "")), "")
         version = str(report.settings.get(f"{ran}_version", ""))
+    if evidence.plan is None:
+        return changed.engine_rows(evidence, ran, version)
     rows: list[Row] = []
     for engine, reasons in evidence.plan.engines.items():
         if engine == ran:
@@ -450,8 +487,9 @@ def _licence(evidence: Evidence) -> str:
 
 def _limits(evidence: Evidence) -> Iterator[str]:
     sources, plan = evidence.sources, evidence.plan
-    if sources.provenance is not None:
+    if plan is not None and sources.provenance is not None and not evidence.accounts:
         yield "Experts were removed and nothing was trained afterwards."
+    yield from changed.limits_of(evidence)
     yield "What the tasks and texts above do not cover was not measured: much may be lost there without a trace here."
     if sources.report is None:
         yield "No task was run: do not take the size of the cut for its cost."
@@ -461,6 +499,6 @@ def _limits(evidence: Evidence) -> Iterator[str]:
         yield "What the routers and experts did on calibration data does not come with this checkpoint."
     if sources.probes is None:
         yield "Generation was not probed for loops, nor output for its form."
-    yield from map(str, plan.notes)
-    if not plan.uniform:
+    yield from map(str, plan.notes if plan else ())
+    if plan and not plan.uniform:
         yield "Layers keep different numbers of experts, which only transformers loads, with trust_remote_code=True."

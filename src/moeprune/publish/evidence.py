@@ -9,14 +9,19 @@ from pathlib import Path
 from typing import Any
 
 from moeprune._files import PathLike
+from moeprune.accounts import Account
 from moeprune.checkpoint import Checkpoint, open_checkpoint
 from moeprune.errors import PublishError, StaleArtifactError
+from moeprune.evaluation.page.changes import accounts_of
 from moeprune.evaluation.page.sources import ReportSources, find, read
 from moeprune.plans import PruningPlan
+from moeprune.plans_fuse import FusePlan
 from moeprune.publish.licence import Licence, find_licence, read_front_matter
 from moeprune.rewrite.drop import PROVENANCE
-from moeprune.rewrite.verify import Verification, verify_drop, verify_manifest
+from moeprune.rewrite.verify import Verification, verify_manifest
+from moeprune.rewrite.verify_output import verify_output
 
+MARKS = ("plan.json", "healing.json")  # of the records, what says what was done
 _HUB_ID = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(?:@(?P<revision>[\w./-]+))?")
 
 
@@ -34,7 +39,8 @@ class Evidence:
 
     Attributes:
         checkpoint: the pruned one.
-        plan: which experts stayed.
+        plan: which experts stayed, where experts were left out.
+        accounts: what else was done, in its order.
         sources: the artifacts in its folder, the plan among them.
         base: the model that was pruned.
         front_matter: what the base's own card says of itself.
@@ -42,11 +48,17 @@ class Evidence:
     """
 
     checkpoint: Checkpoint
-    plan: PruningPlan
+    plan: PruningPlan | None
+    accounts: tuple[Account, ...]
     sources: ReportSources
     base: BaseModel
     front_matter: Mapping[str, Any]
     licence: Licence
+
+    @property
+    def done(self) -> str:
+        """What the model is called after what was done to it, such as ``pruned``."""
+        return " and ".join([*(["pruned"] if self.plan else []), *(account.done for account in self.accounts)])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,21 +92,21 @@ def gather(
     """
     folder = Path(output)
     checkpoint = open_checkpoint(folder)
-    if not (folder / PROVENANCE / "plan.json").is_file():
+    if not any((folder / PROVENANCE / name).is_file() for name in MARKS):
         raise PublishError(
-            f"{folder} has no {PROVENANCE}/plan.json: a card could say nothing of it",
+            f"{folder} has no {PROVENANCE}/{MARKS[0]}: a card could say nothing of it",
             "name a folder that `moeprune prune` or `apply` wrote; others are pushed with `hf upload`",
         )
     places = [folder / PROVENANCE, folder / PROVENANCE / "report"]
     sources = read(find(place for place in places if place.is_dir()))
-    assert sources.plan is not None  # noqa: S101 - its file is there
-    _check_own(checkpoint, sources.plan, sources)
+    _check_own(checkpoint, sources)
     front_matter = read_front_matter(folder)
     if base_model is None and base is not None and not Path(base).exists():
         base_model = str(base)
     return Evidence(
         checkpoint=checkpoint,
         plan=sources.plan,
+        accounts=accounts_of(sources),
         sources=sources,
         base=_base_model(base_model, (sources.provenance or {}).get("source", {})),
         front_matter=front_matter,
@@ -102,12 +114,19 @@ def gather(
     )
 
 
-def _check_own(checkpoint: Checkpoint, plan: PruningPlan, sources: ReportSources) -> None:
+def _check_own(checkpoint: Checkpoint, sources: ReportSources) -> None:
     """Refuse a plan or a report that is not of these very weights."""
     counts = {layer: checkpoint.own_counts.get(layer, checkpoint.num_experts) for layer in checkpoint.all_moe_layers}
-    if plan.counts != counts:
+    if _planned(sources, counts) != counts:
         raise StaleArtifactError(
             f"{checkpoint.path}: its plan and its weights do not have the same experts", "apply the plan again"
+        )
+    change = sources.change
+    edits = change.config_edits if change is not None else {}
+    odd = next((key for key, value in edits.items() if _at(checkpoint.config, key) != value), None)
+    if odd is not None:
+        raise StaleArtifactError(
+            f"{checkpoint.path}: its plan says {odd} = {edits[odd]}, and its config does not", "make it again"
         )
     report = sources.report
     evaluated = report.inputs.get("pruned") if report and "tasks" in report.command else None
@@ -115,6 +134,21 @@ def _check_own(checkpoint: Checkpoint, plan: PruningPlan, sources: ReportSources
         raise StaleArtifactError(
             f"the report in {checkpoint.path / PROVENANCE} is of other weights", "evaluate this checkpoint again"
         )
+
+
+def _planned(sources: ReportSources, counts: Mapping[int, int]) -> Mapping[int, int]:
+    """Experts by layer as the plan says; as found where it says nothing of them."""
+    if sources.plan is not None:
+        return sources.plan.counts
+    return sources.change.as_drop().counts if isinstance(sources.change, FusePlan) else counts
+
+
+def _at(config: Mapping[str, Any], key: str) -> Any:
+    """The value of a key such as ``text_config.num_experts``."""
+    found: Any = config
+    for part in key.split("."):
+        found = found.get(part) if isinstance(found, Mapping) else None
+    return found
 
 
 def _base_model(given: str | None, recorded: Mapping[str, str]) -> BaseModel:
@@ -142,6 +176,6 @@ def prove(evidence: Evidence, base: PathLike | None = None) -> Proof:
     checkpoint = evidence.checkpoint
     if base is not None:
         source = open_checkpoint(base, revision=evidence.base.revision or None)
-        return Proof(verification=verify_drop(source, checkpoint.path), with_source=True)
+        return Proof(verification=verify_output(source, checkpoint.path), with_source=True)
     recorded = (checkpoint.path / PROVENANCE / "manifest.json").is_file()
     return Proof(verification=verify_manifest(checkpoint) if recorded else None)

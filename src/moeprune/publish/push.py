@@ -15,12 +15,11 @@ from moeprune._files import PathLike, begin_work
 from moeprune.checkpoint import check_inside
 from moeprune.errors import PublishError, first_line
 from moeprune.publish.card import render_card
-from moeprune.publish.evidence import Evidence, gather, prove
+from moeprune.publish.evidence import MARKS, Evidence, gather, prove
 from moeprune.publish.hub import HubRepo
 from moeprune.rewrite.drop import PROVENANCE
 
 CARD = "README.md"
-_MARK = f"{PROVENANCE}/plan.json"
 OWN_CARD = f"{PROVENANCE}/README.original.md"
 _RECORDS = {".json", ".md", ".html", ".safetensors"}  # of what lies in OUT/moeprune; no logs
 
@@ -116,7 +115,8 @@ def push(
     hub, removed = None, []
     if not dry_run:
         hub = HubRepo.connect(repo, token, private=private, branch=revision, create_pr=create_pr)
-        removed = hub.replaced(files, _MARK, overwrite=overwrite)
+        mark = next(name for name in (f"{PROVENANCE}/{record}" for record in MARKS) if name in files)
+        removed = hub.replaced(files, mark, overwrite=overwrite)
     proof = prove(evidence, base)
     text = text or render_card(evidence, proof, repo.partition("/")[2])
     sizes = {CARD: len(text.encode())} | {name: file.stat().st_size for name, file in files.items()}
@@ -124,11 +124,17 @@ def push(
     if hub is None:
         return planned
     begin_work()
-    message = commit_message or f"{evidence.plan.span} experts per layer, pruned by moeprune"
+    message = commit_message or _title(evidence)
     done = hub.commit({CARD: text.encode(), **files}, removed, message=message, create_pr=create_pr)
     return dataclasses.replace(
         planned, url=hub.url, commit=done.oid, pull_request=done.pull_request, changed=done.changed
     )
+
+
+def _title(evidence: Evidence) -> str:
+    """Of the commit."""
+    kept = f"{evidence.plan.span} experts per layer, " if evidence.plan else ""
+    return f"{kept}{evidence.done} by moeprune"
 
 
 def make_card(
@@ -221,11 +227,13 @@ def _check_anonymous(name: str, file: Path) -> None:
     if file.suffix in {".json", ".safetensors"}:
         marks.append(r'(?<=")(/[\w.@ -]+){2,}')
     with file.open("rb") as handle:
-        found = re.search("|".join(marks).encode(), handle.read(_SCANNED))
+        size = 8 + int.from_bytes(handle.read(8), "little") if file.suffix == ".safetensors" else _SCANNED
+        handle.seek(0)
+        found = re.search("|".join(marks).encode(), handle.read(min(size, _SCANNED)))
     if found is not None:
         raise PublishError(
             f"{name} names a folder of this machine: {found[0].decode()}", "make it again with relative paths"
         )
 
 
-_SCANNED = 50_000_000  # bytes of a record that are looked through; the header of statistics is at their beginning
+_SCANNED = 50_000_000  # bytes of a record that are looked through; of arrays the header alone, for numbers name nothing

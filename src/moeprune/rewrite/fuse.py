@@ -66,7 +66,7 @@ class Calibration:
         stream: runs the checkpoint, with whole layers in memory.
         inputs: batches of token ids and masks.
         states: where the hidden states live in between.
-        fingerprint: of the data.
+        fingerprint: of the data and of how it is run.
         chosen: what a router picks [T, K] that has the rows of some experts alone: a layer, those experts and the
             inputs [T, H] of its MoE block to source numbers. A router that is not tied will pick like that.
     """

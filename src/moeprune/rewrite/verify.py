@@ -21,11 +21,17 @@ _MOST, _LARGE = 1000, 256_000_000  # tensors and bytes that one thread compares 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Verification:
-    """What was proved: every tensor of the output equals its bytes in the source."""
+    """What was proved: every tensor of the output equals its bytes in the source.
+
+    Attributes:
+        tensors, nbytes, files: how many were compared.
+        computed: tensors among them that were computed, and are what was written then.
+    """
 
     tensors: int
     nbytes: int
     files: int
+    computed: int = 0
 
 
 def verify_drop(source: Checkpoint, output: PathLike) -> Verification:
@@ -42,18 +48,18 @@ def verify_drop(source: Checkpoint, output: PathLike) -> Verification:
     manifest = read_artifact(folder / PROVENANCE / "manifest.json", "moeprune.manifest/1").get("tensors", {})
     edited = edited_files(source, keep_lists(plan), plan.config_edits)
     for name, data in edited.items():
-        _same_bytes(folder / name, data)
+        same_bytes(folder / name, data)
     found, _ = read_tensors(folder)  # its config and names are compared, so that it needs no architecture
     expected = Remade(partial(output_tensors, source, keep_lists(plan)))
-    _compare_names(expected, found, folder)
+    compare_names(expected, found, folder)
     nbytes = sum(entry.nbytes for entry in found.values())
     begin_work()
     with byte_bar("verifying", nbytes) as bar:
-        for compared in in_threads(partial(_compare, found, manifest), _batches(expected)):
+        for compared in in_threads(partial(compare_tensors, found, manifest), batches_of(expected)):
             bar.update(compared)
     files = [file for file in other_files(source.path) if str(file) not in edited]
     for file in files:
-        _same_bytes(folder / file, (source.path / file).read_bytes())
+        same_bytes(folder / file, (source.path / file).read_bytes())
     return Verification(tensors=len(found), nbytes=nbytes, files=len(files))
 
 
@@ -72,12 +78,13 @@ def verify_manifest(output: Checkpoint) -> Verification:
         where = "the manifest has no" if odd in output.tensors else "the weights lack the"
         raise CheckpointError(f"{output.path}: {where} tensor {odd!r}", "apply the plan again")
     with byte_bar("checking", output.nbytes) as bar:
-        for compared in in_threads(partial(_check_digests, manifest), _batches(map(_whole, output.tensors.values()))):
+        for compared in in_threads(partial(check_digests, manifest), batches_of(map(_whole, output.tensors.values()))):
             bar.update(compared)
     return Verification(tensors=len(manifest), nbytes=output.nbytes, files=0)
 
 
-def _check_digests(manifest: Mapping[str, str], tensors: list[OutputTensor], reader: Reader) -> int:
+def check_digests(manifest: Mapping[str, str], tensors: list[OutputTensor], reader: Reader) -> int:
+    """Compare some tensors with the digests that were recorded; gives the bytes compared."""
     for tensor, digest in zip(tensors, reader.digests(tensors), strict=True):
         if digest != manifest[tensor.name]:
             raise CheckpointError(f"tensor {tensor.name!r} is not what the manifest says", "apply the plan again")
@@ -89,13 +96,15 @@ def _whole(entry: TensorEntry) -> OutputTensor:
     return OutputTensor(name=entry.name, dtype=entry.dtype, shape=entry.shape, segments=(segment,))
 
 
-def _same_bytes(file: Path, expected: bytes) -> None:
+def same_bytes(file: Path, expected: bytes) -> None:
+    """Refuse a file that does not hold these bytes."""
     if not file.is_file() or file.read_bytes() != expected:
         what = "is not what the source and the plan give" if file.is_file() else "is missing"
         raise CheckpointError(f"{file} {what}", "apply the plan again")
 
 
-def _compare_names(expected: Iterable[OutputTensor], found: Mapping[str, TensorEntry], folder: Path) -> None:
+def compare_names(expected: Iterable[OutputTensor], found: Mapping[str, TensorEntry], folder: Path) -> None:
+    """Refuse a folder in which a tensor is missing or too much."""
     absent = min((tensor.name for tensor in expected if tensor.name not in found), default=None)
     if absent is not None:
         raise CheckpointError(f"tensor {absent!r} is missing from {folder}", "apply the plan again")
@@ -108,7 +117,7 @@ def _compare_names(expected: Iterable[OutputTensor], found: Mapping[str, TensorE
         raise CheckpointError(f"{folder / stray[0]} is no part of the checkpoint", "engines may load it: remove it")
 
 
-def _batches(tensors: Iterable[OutputTensor]) -> Iterator[list[OutputTensor]]:
+def batches_of(tensors: Iterable[OutputTensor]) -> Iterator[list[OutputTensor]]:
     """What one thread compares at a time."""
     batch: list[OutputTensor] = []
     size = 0
@@ -122,7 +131,7 @@ def _batches(tensors: Iterable[OutputTensor]) -> Iterator[list[OutputTensor]]:
         yield batch
 
 
-def _compare(
+def compare_tensors(
     found: Mapping[str, TensorEntry], manifest: Mapping[str, str], expected: list[OutputTensor], reader: Reader
 ) -> int:
     """Compare some tensors with the source and the manifest, reading each side once; gives the bytes compared."""

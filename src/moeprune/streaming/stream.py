@@ -101,11 +101,14 @@ class LayerStream:
                 self.weights.announce(index + 1)
             yield
 
-    def run(self, index: int, state: tuple[torch.Tensor, ...], inputs: Inputs) -> tuple[torch.Tensor, ...]:
-        """One batch through the layer that is in memory."""
+    def run(
+        self, index: int, state: tuple[torch.Tensor, ...], inputs: Inputs, *, trim: bool = True
+    ) -> tuple[torch.Tensor, ...]:
+        """One batch through the layer that is in memory; without ``trim`` freed memory stays for the next one."""
         here = tuple(tensor.to(self.device, non_blocking=True) for tensor in state)
         after = self._runner.run(index, here, self._here(inputs))
-        self.trim()
+        if trim:
+            self.trim()
         return after
 
     def trim(self) -> None:

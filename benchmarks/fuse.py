@@ -1,0 +1,138 @@
+"""Every grouping, merge and router on the three bundled models, against dropping to the same size: held-out perplexity.
+
+    python benchmarks/fuse.py --work /tmp/fuse -o docs/benchmarks/fuse.md
+
+Calibration and held-out text share no passage. Each checkpoint is written, loaded and thrown away; what was measured is
+kept in the work folder, so that an interrupted run goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import moeprune
+from moeprune.evaluation.agreement import TokenLosses, perplexity, perplexity_ratio, token_losses
+from moeprune.pipeline import BUNDLED
+from moeprune.strategies.fusion import GROUPINGS
+
+FIXTURES = Path(__file__).parents[1] / "tests" / "fixtures"
+MODELS = {
+    "Qwen3": BUNDLED / "model",
+    "GLM-4": FIXTURES / "glm4_moe",
+    "DeepSeek-V3": FIXTURES / "deepseek_v3",
+}
+CALIBRATION, HELDOUT = str(BUNDLED / "calibration.jsonl"), BUNDLED / "heldout.jsonl"
+DEFAULT = ("hope-total", "absorb", "keep-dominant")
+Row = tuple[str, str, str, str]  # ratio, grouping, merge, router; a drop has only a strategy
+
+
+def rows() -> Iterator[Row]:
+    """What is measured: dropping, the default, and one choice at a time in its place."""
+    grouping, merge, router = DEFAULT
+    for ratio in ("0.25", "0.5"):
+        yield (ratio, grouping, "", "")
+        yield (ratio, grouping, merge, router)
+        yield (ratio, grouping, merge, "tied")
+    for other in ("gated-norm", *GROUPINGS):
+        yield ("0.5", other, merge, router)
+    for other in ("least-squares", "frequency", "mean", "slerp", "svd"):
+        yield ("0.5", grouping, other, router)
+    yield ("0.5", grouping, "frequency", "merge-rows")
+    yield ("0.5", grouping, "frequency", "tied")
+    yield ("0.5", "m-smoe", "frequency", router)
+    yield ("0.5", "hc-smoe", "frequency", "tied")
+
+
+class Bench:
+    """One model with its statistics and its held-out text."""
+
+    def __init__(self, name: str, work: Path) -> None:
+        from transformers import AutoTokenizer
+
+        self.folder, self.work = MODELS[name], work / name
+        self.work.mkdir(parents=True, exist_ok=True)
+        statistics, needs = self.work / "statistics.safetensors", ("output_sum_all", "gated_output_sum", "logit_gram")
+        if not statistics.is_file():
+            moeprune.collect(self.folder, statistics, calibration=CALIBRATION, statistics=needs)
+        self.statistics = moeprune.RouterStatistics.load(statistics)
+        tokenizer = AutoTokenizer.from_pretrained(self.folder)
+        texts = [json.loads(line)["text"] for line in HELDOUT.read_text(encoding="utf-8").splitlines()]
+        self.sequences = [tokenizer(text, truncation=True, max_length=512)["input_ids"] for text in texts]
+        self.base = self.losses(self.folder)
+
+    def losses(self, folder: Path) -> TokenLosses:
+        """Of a checkpoint on the held-out text."""
+        return token_losses(moeprune.load(folder), self.sequences)
+
+    def measured(self, row: Row) -> dict[str, Any]:
+        """Perplexity over the original's with its interval, and the seconds that deciding and merging took."""
+        file = self.work / f"{'_'.join(filter(None, row))}.json"
+        if not file.is_file():
+            out, begun = self.work / "out", time.monotonic()
+            self.write(row, out)
+            took = time.monotonic() - begun
+            ratio = perplexity_ratio(self.base, self.losses(out))
+            file.write_text(json.dumps({"ratio": ratio.value, "interval": ratio.interval, "seconds": took}))
+        found: dict[str, Any] = json.loads(file.read_text())
+        return found
+
+    def write(self, row: Row, out: Path) -> None:
+        """Write the checkpoint of a row."""
+        ratio, grouping, merge, router = row
+        if not merge:
+            plan = moeprune.plan(self.statistics, self.folder, ratio=ratio, strategy=grouping)
+            moeprune.apply(self.folder, plan, out, overwrite=True)
+            return
+        choice: dict[str, Any] = {"grouping": grouping, "merge": merge, "router": router}
+        data = CALIBRATION if merge in {"absorb", "least-squares"} else ()
+        moeprune.fuse(
+            self.folder, out, ratio=ratio, statistics=self.statistics, calibration=data, overwrite=True, **choice
+        )
+
+
+def page(benches: dict[str, Bench], wanted: Sequence[Row]) -> str:
+    """The table."""
+    bases = ", ".join(f"{name} {perplexity(bench.base).value:.2f}" for name, bench in benches.items())
+    lines = [
+        "# Fusing against dropping",
+        "",
+        "    python benchmarks/fuse.py --work /tmp/fuse -o docs/benchmarks/fuse.md",
+        "",
+        f"Held-out perplexity over the original's ({bases}) with its 95 % interval over documents, and the seconds",
+        "from statistics to a verified checkpoint. Every row of a ratio has the same number of experts; `tied` also",
+        "keeps the routers' rows. One calibration, nothing trained: a direction, not a verdict.",
+        "",
+        f"| removed | grouping | merge | router | {' | '.join(benches)} | seconds |",
+        f"|---|---|---|---|{'---|' * (len(benches) + 1)}",
+    ]
+    for row in wanted:
+        ratio, grouping, merge, router = row
+        found = [bench.measured(row) for bench in benches.values()]
+        cells = [f"{one['ratio']:.3f} ({one['interval'][0]:.3f}..{one['interval'][1]:.3f})" for one in found]
+        took = " / ".join(f"{one['seconds']:.1f}" for one in found)
+        words = f"{ratio} | {grouping} | {merge or 'none: dropped'} | {router or 'of those that stay'}"
+        lines.append(f"| {words} | {' | '.join(cells)} | {took} |")
+    return "\n".join([*lines, ""])
+
+
+def main() -> None:
+    """Measure, and write the page."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--work", type=Path, required=True)
+    parser.add_argument("--models", default=",".join(MODELS))
+    parser.add_argument("-o", "--output", type=Path)
+    given = parser.parse_args()
+    benches = {name: Bench(name, given.work) for name in given.models.split(",")}
+    text = page(benches, list(rows()))
+    if given.output:
+        given.output.write_text(text, encoding="utf-8")
+    print(text)
+
+
+if __name__ == "__main__":
+    main()
