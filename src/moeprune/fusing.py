@@ -165,7 +165,9 @@ def fuse(
         model, sources, names, options = bundled(sources, names, options)
     calibrated, decided, evaluated = by_stage(options, CalibrationOptions, Fusion, EvalSettings)
     amount = budget_of(ratio, keep, round_to)
-    job = _opened(model, output, amount, sources, statistics, plan, calibrated, decided, revision=revision)
+    job = _opened(
+        model, output, amount, sources, statistics, plan, calibrated, decided, revision=revision, plan_only=plan_only
+    )
     if calibration and job.data is None:
         raise ConfigError("--calibration is given, and nothing runs the model", "leave it out")
     _check_target(job, overwrite=overwrite, plan_only=plan_only)
@@ -216,6 +218,7 @@ class _Job:
     Attributes:
         checkpoint, output, kept: what is fused, where to, and the experts that are left.
         settings, data: how the model runs, and on what.
+        fits: whether merged experts are fitted to the data.
         wanted: what the plan is asked for; None where there is a plan.
         statistics, plan: where they are there already.
     """
@@ -225,6 +228,7 @@ class _Job:
     kept: int
     settings: CalibrationOptions
     data: CalibrationSet | None
+    fits: bool
     wanted: Fusion | None
     statistics: RouterStatistics | None
     plan: FusePlan | None
@@ -241,9 +245,10 @@ def _opened(
     decided: Mapping[str, Any],
     *,
     revision: str | None,
+    plan_only: bool,
 ) -> _Job:
     """Open all inputs and refuse what cannot be fused."""
-    if plan is not None and (amount.given or statistics is not None or decided):
+    if plan is not None and (amount.given or statistics is not None or decided or plan_only):
         raise ConfigError("a plan says already what is merged", "leave out what would decide it anew")
     checkpoint = open_checkpoint(model, revision=revision)
     checkpoint.check_uniform()
@@ -259,9 +264,10 @@ def _opened(
     stats = statistics if isinstance(statistics, RouterStatistics | None) else RouterStatistics.load(statistics)
     settings = CalibrationOptions(sources=sources, **calibrated)
     settings = dataclasses.replace(settings, statistics=(*several(settings.statistics), *needs))
-    runs = merge in FITTED or (made is None and statistics is None)
+    fits = merge in FITTED and not plan_only
+    runs = fits or (made is None and statistics is None)
     if runs and not sources:
-        what = f"{merge} fits merged experts to activations" if merge in FITTED else "a grouping reads statistics"
+        what = f"{merge} fits merged experts to activations" if fits else "a grouping reads statistics"
         raise ConfigError(f"{what}, and there is no calibration data", "pass --calibration data.jsonl")
     name = default_output(model, f"fused-{kept}", checkpoint.num_experts)
     return _Job(
@@ -270,6 +276,7 @@ def _opened(
         kept=kept,
         settings=settings,
         data=settings.load(checkpoint) if runs else None,
+        fits=fits,
         wanted=wanted,
         statistics=stats,
         plan=made,
@@ -311,7 +318,7 @@ def _planned(job: _Job) -> Iterator[tuple[FusePlan, Mapping[str, bytes]]]:
 
 def _with_data(job: _Job, plan: FusePlan) -> FusePlan:
     """The plan, with what its merged experts are fitted to among its inputs."""
-    if plan.merge not in FITTED or job.data is None:
+    if not job.fits or job.data is None:
         return plan
     return dataclasses.replace(plan, inputs={**plan.inputs, "fit": job.data.fingerprint})
 
@@ -319,7 +326,7 @@ def _with_data(job: _Job, plan: FusePlan) -> FusePlan:
 @contextlib.contextmanager
 def _fitted(job: _Job, plan: FusePlan) -> Iterator[Calibration | None]:
     """For what is fitted to activations, the model as a stream of layers with its inputs."""
-    if plan.merge not in FITTED or job.data is None:
+    if not job.fits or job.data is None:
         yield None
         return
     from moeprune.streaming.forecast import Load, forecast

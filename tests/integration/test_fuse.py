@@ -476,6 +476,10 @@ def test_stages_and_one_run_are_the_same(checkpoint_of: CheckpointOf, ids_file: 
     assert whole.verification is not None
     statistics = tmp_path / "whole" / "moeprune" / "statistics.safetensors"
     assert whole.plan == moeprune.plan_fusion(statistics, base, output=tmp_path / "plan.json", **wanted)
+    later = moeprune.plan_fusion(statistics, base, output=tmp_path / "later.json", ratio=0.5, grouping="ream")
+    moeprune.fuse(base, tmp_path / "now.json", statistics=statistics, plan_only=True, ratio=0.5, grouping="ream")
+    assert later.merge == "absorb"  # which is fitted only when the plan is executed
+    assert (tmp_path / "now.json").read_bytes() == (tmp_path / "later.json").read_bytes()
     options = ["--ratio", "0.5", "--grouping", "ream", "--merge", "slerp", "-q"]
     shown = ["--statistics-file", str(statistics), "--plan-only", "-o", str(tmp_path / "other.json")]
     assert run(["fuse", str(base), *options, *shown]) == 0
@@ -490,7 +494,7 @@ def test_stages_and_one_run_are_the_same(checkpoint_of: CheckpointOf, ids_file: 
 def test_super_experts_stay_alone(checkpoint_of: CheckpointOf, ids_file: Path) -> None:
     """They are merged with no other unless the guard is off, and the plan names them."""
     base = checkpoint_of("qwen3_moe")
-    statistics = moeprune.collect(base, calibration=str(ids_file), statistics=("m-smoe",) and ("logit_gram",))
+    statistics = moeprune.collect(base, calibration=str(ids_file), statistics="logit_gram")
     plan = moeprune.plan_fusion(statistics, base, keep=8, grouping="m-smoe")
     named = {(int(layer), expert) for layer, who in plan.strategy["protected"].items() for expert in who}
     single = {(index, one.dominant) for index, layer in plan.layers.items() for one in layer.groups if not one.merged}

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     Parameters = Mapping[str, torch.nn.Parameter]
 
-STEPS = 200
+STEPS = 400
 CHECKS = 8  # looks at the held-out text while a layer is fitted
 _BETAS = (0.9, 0.99)
 _WARMUP = 10  # steps in which the rate rises
@@ -98,8 +98,8 @@ def fit(
     import torch
 
     optimizer = torch.optim.Adam(_groups(parameters, routers, rate), betas=_BETAS)
-    best = _Best(parameters, held_out())
-    order, zeros = _order(batches, schedule.seed), _zeros(parameters)
+    best = Best(parameters, held_out())
+    order, zeros = _order(batches, schedule.seed), zeros_of(parameters)
     step = looks = 0
     for done in _progress(schedule.steps, seconds):
         if int(done * CHECKS) > looks:
@@ -120,7 +120,7 @@ def fit(
     return Fitted(before=best.before, after=best.loss, steps=step, best=best.step)
 
 
-class _Best:
+class Best:
     """The values that were best so far."""
 
     def __init__(self, parameters: Parameters, loss: float) -> None:
@@ -151,7 +151,7 @@ def _groups(parameters: Parameters, routers: frozenset[str], rate: float) -> lis
     return [group for group in groups if group["params"]]
 
 
-def _zeros(parameters: Parameters) -> dict[str, torch.Tensor]:
+def zeros_of(parameters: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Where pruned weights are, of parameters that were pruned; one of nothing but zeros is a bias not in use."""
     zeros = {name: value.detach() == 0 for name, value in parameters.items()}
     return {name: zero for name, zero in zeros.items() if _ZEROS * zero.numel() < int(zero.sum()) < zero.numel()}

@@ -443,6 +443,9 @@ def head_of(plan: SkipPlan, layer: int) -> NormHead | None:
 def counted(model: PreTrainedModel) -> Iterator[SkipCounter]:
     """Count what a gated model really runs inside the block: slots, rows, floating-point operations.
 
+    Args:
+        model: what :func:`moeprune.load` gave, or was gated otherwise.
+
     Raises:
         ConfigError: the model is not gated.
 

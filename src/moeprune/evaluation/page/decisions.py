@@ -50,7 +50,8 @@ def won_of(sources: ReportSources) -> tuple[str, ...]:
     layers = formats.counted(len(plan.layers), "layer")
     fewer = f"{formats.counted(removed, 'expert')} fewer ({100 * share:.0f} %)"
     lines = [f"{plan.span} of {experts} experts kept in each of {layers}: {fewer}"]
-    stored = (sources.provenance or {}).get("bytes") or plan.size.get("bytes")
+    recorded = {} if sources.healing else (sources.provenance or {})  # healing starts from the pruned one
+    stored = recorded.get("bytes") or plan.size.get("bytes")
     if stored:
         lines.append(_shrunk("checkpoint", stored, human_bytes))
     if plan.size.get("parameters"):
