@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,13 +15,14 @@ from moeprune.errors import ConfigError, nearest
 from moeprune.healing.distillation import Recipe
 from moeprune.healing.lora import Rank
 from moeprune.plans_sparsify import SPARSIFY
-from moeprune.repairing import LAYERWISE, HealResult, heal_layerwise
+from moeprune.repairing import CLOSED_FORM, LAYERWISE, HealResult, heal_layerwise
 from moeprune.runtime.loading import kind_of
 
 Method = Callable[..., HealResult]
 
 # Options of one way to heal that say nothing about the other, as the command line calls them.
 _OF_LAYERS = {"minutes": "--minutes", "memory": "--memory", "device_memory": "--device-memory"}
+_OF_GRADIENTS = {"train": "--train", "steps": "--steps", "minutes": "--minutes", "lr": "--lr"}
 _OF_WHOLE_MODELS = {
     "schedule": "--schedule",
     "temperature": "--temperature",
@@ -51,7 +53,8 @@ def heal(
         base: the original: folder or Hub id.
         pruned: what was made from it.
         output: new folder, which appears whole or not at all.
-        method: ``layerwise`` fits each layer to the original's and has one of them in memory; ``logits`` trains the
+        method: ``layerwise`` fits each layer to the original's and has one of them in memory; ``closed-form``
+            does so without gradients, by ridge regression on the experts' down projections; ``logits`` trains the
             whole model on the original's predictions; ``lora`` trains adapters on the attention and merges them.
         calibration: ``[DOMAIN=]SOURCE`` each.
         revision: of a base on the Hub.
@@ -86,7 +89,9 @@ def heal(
 
 
 def _check_options(method: str, options: Mapping[str, Any]) -> None:
-    others = _OF_WHOLE_MODELS if method == LAYERWISE else _OF_LAYERS
+    others = _OF_WHOLE_MODELS if method in (LAYERWISE, CLOSED_FORM) else _OF_LAYERS
+    if method == CLOSED_FORM:
+        others = others | _OF_GRADIENTS
     for name, option in others.items():
         if options.get(name) is not None:
             raise ConfigError(f"{option} does not go with --method {method}", "leave it out")
@@ -137,6 +142,7 @@ def _split(options: Mapping[str, Any], kind: type[Any], shared: set[str]) -> tup
 
 METHODS: Mapping[str, Method] = {
     LAYERWISE: heal_layerwise,
+    CLOSED_FORM: functools.partial(heal_layerwise, method=CLOSED_FORM),
     "logits": _distilled("logits"),
     "lora": _distilled("lora"),
 }

@@ -14,6 +14,7 @@ from moeprune.checkpoint import Checkpoint, open_checkpoint
 from moeprune.collecting import limits_of, open_stream
 from moeprune.errors import ConfigError, nearest
 from moeprune.evaluation.agreement import batches
+from moeprune.healing.closed_form import ClosedFormHealing
 from moeprune.healing.distillation import Text
 from moeprune.healing.fitting import STEPS, Schedule
 from moeprune.healing.layerwise import COPIES, LEVELS, Healed, LayerwiseHealing, check_pair
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
     from moeprune.streaming.stream import LayerStream
 
 SCHEMA = "moeprune.healing/1"
-LAYERWISE = "layerwise"
+LAYERWISE, CLOSED_FORM = "layerwise", "closed-form"
 STEP_TOKENS = 1024
 _CARRIED = ("plan.json", "statistics.safetensors")  # what was done to the model before it was healed, and why
 
@@ -60,6 +61,7 @@ def heal_layerwise(
     output: PathLike,
     *,
     calibration: Sequence[str] | str,
+    method: str = LAYERWISE,
     train: str = "all",
     steps: int = STEPS,
     minutes: float | None = None,
@@ -78,6 +80,8 @@ def heal_layerwise(
         pruned: what was made from it.
         output: new folder, which appears whole or not at all.
         calibration: ``[DOMAIN=]SOURCE`` each; every tenth sequence of a domain only judges.
+        method: ``layerwise`` takes gradient steps; ``closed-form`` solves for the down projections of routed experts,
+            and ``train``, ``steps``, ``minutes`` and ``lr`` say nothing.
         train: what of a layer: ``all``, ``experts`` (routed ones and their router), ``down`` or ``router``.
         steps: of Adam, for each layer; or
         minutes: for all layers together.
@@ -118,6 +122,7 @@ def heal_layerwise(
         start=start,
         data=data,
         text=Text.split(data),
+        method=method,
         train=train,
         schedule=schedule,
         step_tokens=step_tokens,
@@ -127,7 +132,7 @@ def heal_layerwise(
     expected = _arrange(streams[0], streams[1], job)
     check_pair(streams[0], streams[1])
     if dry_run:
-        return HealResult(output=Path(output), method=LAYERWISE, forecast=expected)
+        return HealResult(output=Path(output), method=method, forecast=expected)
     return _run(job, streams, expected, Path(output), max_shard_size=max_shard_size, overwrite=overwrite)
 
 
@@ -147,6 +152,7 @@ class _Job:
     start: Checkpoint
     data: CalibrationSet
     text: Text
+    method: str
     train: str
     schedule: Schedule
     step_tokens: int
@@ -161,14 +167,15 @@ class _Job:
     @property
     def command(self) -> dict[str, Any]:
         """Canonical options."""
-        read = {name: value for name, value in self.settings.canonical().items() if name != "batch_tokens"}
+        idle = {"stage", "batch_tokens", *(("dtype",) if self.settings.dtype == "auto" else ())}
+        read = {name: value for name, value in self.settings.canonical().items() if name not in idle}
+        how = {"stage": "heal", "method": self.method, "step_tokens": self.step_tokens}
+        if self.method == CLOSED_FORM:
+            return how | read
         own = {name: value for name, value in dataclasses.asdict(self.schedule).items() if value is not None}
         if self.schedule.minutes is not None:
             del own["steps"]
-        own |= {"train": self.train, "step_tokens": self.step_tokens}
-        return (
-            {"stage": "heal", "method": LAYERWISE} | own | {key: value for key, value in read.items() if key != "stage"}
-        )
+        return how | own | {"train": self.train} | read
 
     @property
     def inputs(self) -> dict[str, str]:
@@ -192,7 +199,7 @@ def _run(
     parts = (sorted(job.command.items()), sorted(job.inputs.items()), job.settings.device)
     room = 2 * job.start.nbytes + expected.disk
     with changing(job.start, output, job=parts, overwrite=overwrite, nbytes=room) as changes:
-        healing = LayerwiseHealing(
+        healing = (ClosedFormHealing if job.method == CLOSED_FORM else LayerwiseHealing)(
             streams[0],
             streams[1],
             job.text,
@@ -207,7 +214,7 @@ def _run(
         if not healed:
             note("no weights were found that are closer to the original on held-out text: the output is a copy")
             changes.discard()
-        record = envelope(SCHEMA, job.command, job.inputs) | _record(made, healed)
+        record = envelope(SCHEMA, job.command, job.inputs) | _record(job.method, made, healed)
         write_changed(
             job.start,
             changes,
@@ -218,13 +225,13 @@ def _run(
             overwrite=overwrite,
         )
     after = made.after if healed else made.before
-    return HealResult(output=output, method=LAYERWISE, before=made.before, after=after, healed=healed, record=record)
+    return HealResult(output=output, method=job.method, before=made.before, after=after, healed=healed, record=record)
 
 
-def _record(made: Healed, healed: bool) -> dict[str, Any]:
+def _record(method: str, made: Healed, healed: bool) -> dict[str, Any]:
     """What the fits came to; layers whose weights stayed are those with step 0."""
     return {
-        "method": LAYERWISE,
+        "method": method,
         "healed": healed,
         "held_out_kl": {"before": made.before, "after": made.after if healed else made.before},
         "held_out_tokens": made.tokens,
@@ -261,7 +268,8 @@ def _arrange(base: LayerStream, given: LayerStream, job: _Job) -> Forecast:
     text = (*job.text.train, *job.text.held_out)
     shapes = [(len(rows), ids_BT.shape[1]) for rows, ids_BT, _ in batches(text, job.step_tokens)]
     limits = limits_of(job.settings, base.device)
-    load = Load(shapes=shapes, copies=3, last=base.depth - 1, head=True, durable=True)
+    copies = 5 if job.method == CLOSED_FORM else 3  # hidden states, and what a regression keeps of each token
+    load = Load(shapes=shapes, copies=copies, last=base.depth - 1, head=True, durable=True)
     expected = forecast(base.weights, load, limits)
     base.chunk = expected.chunk
     fitting = COPIES * max(given.weights.nbytes(layer) for layer in range(given.depth)) + 4 * expected.work

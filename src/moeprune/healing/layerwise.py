@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -83,7 +83,7 @@ class LayerwiseHealing:
         spill: bool = False,
     ) -> None:
         self._base, self._given, self._changes = base, given, changes
-        self._train, self._schedule = train, schedule or Schedule()
+        self._train, self._schedule, self._spill = train, schedule or Schedule(), spill
         self._batches = [*_inputs(text.train, step_tokens), *_inputs(text.held_out, step_tokens)]
         held = sum(1 for _ in _inputs(text.held_out, step_tokens))
         self._fitted_on, self._held = range(len(self._batches) - held), range(len(self._batches))[-held:]
@@ -179,12 +179,22 @@ class LayerwiseHealing:
 
         if held_out() < _NOTHING:
             return Fitted(before=0.0, after=0.0, steps=0, best=0)
+        return self._search(index, parameters, of_batch, held_out)
+
+    def _search(
+        self,
+        index: int,
+        parameters: Parameters,
+        loss: Callable[[int], torch.Tensor],
+        held_out: Callable[[], float],
+    ) -> Fitted:
+        """Leave the best values that are found in the parameters."""
         for parameter in parameters.values():
             parameter.requires_grad_(True)
         minutes = self._schedule.minutes
         fitted = fit(
             parameters,
-            of_batch,
+            loss,
             len(self._fitted_on),
             held_out,
             self._schedule,
