@@ -119,7 +119,9 @@ class DownRegression:
         self, expert: ExpertWeights, tokens_R: torch.Tensor, gates_R: torch.Tensor
     ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """Some of an expert's tokens at a time, where they are kept, and what comes into its down projection, gated."""
-        for rows_P, gates_P in zip(tokens_R.split(_ROWS), gates_R.split(_ROWS), strict=True):
+        import torch
+
+        for rows_P, gates_P in zip(torch.split(tokens_R, _ROWS), torch.split(gates_R, _ROWS), strict=True):
             here_P = rows_P.to(self._hidden_NH.device)
             inner_PI = expert.inner(self._hidden_NH[here_P].to(expert.down))
             yield here_P, gates_P[:, None].double() * inner_PI.double()
