@@ -6,12 +6,14 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
 from hypothesis import HealthCheck, settings
+
+from moeprune import _files
 
 if TYPE_CHECKING:
     import torch
@@ -34,6 +36,13 @@ FIXTURES = Path(__file__).parent / "fixtures"
 def own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
     """Results that tests keep are kept in a folder of this run."""
     os.environ["MOEPRUNE_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+
+
+@pytest.fixture(autouse=True)
+def heard() -> Iterator[None]:
+    """What a command was told about being quiet ends with its test."""
+    yield
+    _files.quiet.set(False)
 
 
 _COMMON: dict[str, Any] = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -39,7 +40,7 @@ def output(layer: ExpertLayer, *given: torch.Tensor) -> torch.Tensor:
 @torch.no_grad()
 def test_a_perturbed_projection_is_found_again(model_of: Callable[..., Any], tmp_path: Path, in_files: bool) -> None:
     """Nothing but one expert is missing, so that sweeps lead back to it, and the error to nothing."""
-    layer = expert_layers(model_of("mixtral"))[0]
+    layer = expert_layers(copy.deepcopy(model_of("mixtral")))[0]
     given = routed(layer)
     wanted = output(layer, *given)
     down = dict(weights_of(layer.experts))[1].down
@@ -58,7 +59,7 @@ def test_a_perturbed_projection_is_found_again(model_of: Callable[..., Any], tmp
 @torch.no_grad()
 def test_the_solution_is_stationary(model_of: Callable[..., Any]) -> None:
     """For a target that nothing reaches, the objective's gradient goes away, pull included; the error has shrunk."""
-    layer, ridge = expert_layers(model_of("mixtral"))[0], 0.05
+    layer, ridge = expert_layers(copy.deepcopy(model_of("mixtral")))[0], 0.05
     given = routed(layer)
     experts = dict(weights_of(layer.experts))
     before = {number: expert.down.clone() for number, expert in experts.items()}
@@ -83,7 +84,7 @@ def test_the_solution_is_stationary(model_of: Callable[..., Any]) -> None:
 @torch.no_grad()
 def test_where_nothing_is_missing_bits_stay(model_of: Callable[..., Any]) -> None:
     """And zeros of a pruned projection stay where something is."""
-    layer = expert_layers(model_of("mixtral"))[0]
+    layer = expert_layers(copy.deepcopy(model_of("mixtral")))[0]
     given = routed(layer)
     down = dict(weights_of(layer.experts))[0].down
     down[:, ::2] = 0
