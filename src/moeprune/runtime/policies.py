@@ -113,8 +113,8 @@ def gate_norm(routed: Routed) -> torch.Tensor:
 def predicted_norm(routed: Routed) -> torch.Tensor:
     """The slot's weight times the norm that its expert's output is predicted to have for this very token.
 
-    Gates say little of how large an output is: the logarithm of its norm varies by about 0.7 from token to token, and a
-    linear function of the layer's input explains most of that, for the cost of a second router.
+    Gates say little of how large an output is, which varies from token to token; a linear function of the layer's input
+    explains much of that, for the cost of a second router.
     """
     assert routed.norms_TK is not None  # noqa: S101 - the policy asks for them
     return routed.gates_TK * routed.norms_TK

@@ -70,7 +70,6 @@ class SkipCounter:
 
     layers: dict[int, Counts] = field(default_factory=dict)
     _mask: Any = None
-    _watch: Callable[[int, Any, Any], None] | None = None
 
     @property
     def total(self) -> Counts:
@@ -100,8 +99,6 @@ class SkipCounter:
         counts.slots += counted_TK.numel()
         counts.kept += int(counted_TK.sum())
         counts.rows += int(keep_TK.sum())
-        if self._watch is not None:
-            self._watch(layer, keep_TK, valid_T)
 
     def read_mask(self, inputs: Mapping[str, Any]) -> None:
         """Before the model runs: keep its padding mask, flattened."""
