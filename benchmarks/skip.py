@@ -24,19 +24,23 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from skip_page import CONTROLS, PREFILL, TRAINED, Page, quality_file, speed_file, variants_of
+from skip_page import CONTROLS, PREFILLS, TRAINED, Page, quality_file, speed_file, variants_of
 from strategies import MODELS, ROWS, Bench, _score
 
 from moeprune.experts import ExpertLayer, expert_layers
 from moeprune.pipeline import BUNDLED
 from moeprune.plans_skip import Renorm, SkipLayer, SkipPlan
 from moeprune.runtime.masking import applied
-from moeprune.runtime.policies import BUILTIN, policy_named
+from moeprune.runtime.policies import BUILTIN, DEFAULT, policy_named
 from moeprune.runtime.skipping import Boundary, Gate, SkipCounter
 
 RATES = ("0.25", "0.5", "0.75")
-LENGTH, PROMPT, STEPS = 512, 64, 32  # tokens of a prefill; of what stands before decoding, and decoded one by one
-MODES: Mapping[str, int] = {PREFILL: 1, "decode, batch 1": 1, "decode, batch 8": 8}
+PROMPT, STEPS = 64, 32  # tokens before decoding, and decoded one by one
+MODES: Mapping[str, tuple[int, int]] = {  # sequences, and tokens of each
+    **{mode: (1, length) for mode, length in PREFILLS.items()},
+    "decode, batch 1": (1, PROMPT + STEPS),
+    "decode, batch 8": (8, PROMPT + STEPS),
+}
 DISTILLED = ["share", "predicted-norm", "zero-experts"]
 LARGE, SMALL = "qwen3-30b-a3b shapes", "bundled"
 
@@ -73,44 +77,33 @@ class Sentinel(Zeroed):
             experts._is_expert_parallel = False
 
 
-class Scores(Boundary):
-    """Runs a layer as it is and keeps what a policy says of its slots."""
-
-    def __init__(self, layer: ExpertLayer, policy: str) -> None:
-        super().__init__(layer)
-        self.gate = Gate(layer, policy_named(policy), SkipLayer())
-        self.seen: list[Any] = []
-
-    def run(self, hidden_TH: Any, index_TK: Any, gates_TK: Any) -> Any:
-        """In the place of the experts."""
-        assert self.below is not None
-        routed = self.gate._routed(index_TK, gates_TK)
-        self.seen.append(self.gate.policy.score(routed)[routed.ranks_TK > 0].cpu().numpy())
-        return self.below(hidden_TH, index_TK, gates_TK)
-
-
 def solved(model: Any, ids_BT: Any, policy: str, rate: float) -> list[Gate]:
     """Gates whose thresholds give the rate on these tokens, each solved on what the gates before it lead to."""
-    from moeprune.runtime.thresholds import Scored, threshold_of
+    import torch
 
-    gates: list[Gate] = []
+    from moeprune.runtime.thresholds import _Recorder, threshold_of
+
+    own, gates = policy_named(policy), list[Gate]()
     for layer in expert_layers(model):
         top_k = int(layer.experts.config.num_experts_per_tok)  # type: ignore[union-attr, arg-type]
         if policy == "static-k":
-            threshold = 0.5 - round((1 - rate) * top_k)  # scores are minus the rank
+            decision, head = SkipLayer(threshold=0.5 - round((1 - rate) * top_k)), None  # scores are minus the rank
         else:
-            scores = Scores(layer, policy)
-            with applied([*gates, scores]):
+            recorder = _Recorder(layer, own, floor=1)
+            with applied([*gates, recorder]), torch.inference_mode():
                 run_whole(model, ids_BT)
-            threshold = threshold_of([Scored(scores=np.concatenate(scores.seen), slots=ids_BT.numel() * top_k)], rate)
-        gates.append(Gate(layer, policy_named(policy), SkipLayer(threshold=threshold)))
+                decision, head, scored = recorder.result(0.0)
+            decision = dataclasses.replace(decision, threshold=threshold_of([scored], rate))
+        gates.append(Gate(layer, own, decision, head=head))
     return gates
 
 
 def ways_of(model: Any, ids_BT: Any, rate: float) -> dict[str, list[Boundary]]:
     """Every way to run the model that is measured beside the others; the first one is the model itself."""
-    share, static = solved(model, ids_BT, "share", rate), solved(model, ids_BT, "static-k", rate)
-    ways: dict[str, list[Boundary]] = {"all slots": [], "gate, share": [*share], "gate, static k": [*static]}
+    share = solved(model, ids_BT, "share", rate)
+    ways: dict[str, list[Boundary]] = {"all slots": [], "gate, share": [*share]}
+    for policy in ("static-k", DEFAULT):
+        ways[f"gate, {policy}"] = [*solved(model, ids_BT, policy, rate)]
     ways["weights set to zero"] = [Zeroed(gate) for gate in share]
     if model.config._experts_implementation == "grouped_mm":
         ways["sentinel in grouped_mm"] = [Sentinel(gate) for gate in share]
@@ -145,7 +138,7 @@ def decoder(model: Any, ids_BT: Any) -> Callable[[], None]:
 
 def seconds_of(model: Any, ids_BT: Any, mode: str) -> float:
     """Seconds of a prefill, or of decoding."""
-    work = (lambda: run_whole(model, ids_BT)) if mode == PREFILL else decoder(model, ids_BT)
+    work = (lambda: run_whole(model, ids_BT)) if mode in PREFILLS else decoder(model, ids_BT)
     settle(ids_BT.device)
     begin = time.perf_counter()
     work()
@@ -190,7 +183,7 @@ def counts_of(model: Any, gates: Sequence[Boundary], ids_BT: Any, mode: str) -> 
     counter = SkipCounter()
     own = [gate if isinstance(gate, Gate) else gate.gate for gate in gates if isinstance(gate, Gate | Zeroed)]
     with applied(own):
-        work = (lambda: run_whole(model, ids_BT)) if mode == PREFILL else decoder(model, ids_BT)
+        work = (lambda: run_whole(model, ids_BT)) if mode in PREFILLS else decoder(model, ids_BT)
         for gate in own:
             gate.counter = counter
         work()
@@ -252,11 +245,11 @@ def model_and_ids(name: str, dtype: str, device: str) -> tuple[Any, Any]:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     if name == LARGE:
-        ids = torch.randint(0, 4096, (8 * LENGTH,), generator=torch.Generator().manual_seed(0))
+        ids = torch.randint(0, 4096, (max(PREFILLS.values()),), generator=torch.Generator().manual_seed(0))
         return large_model(dtype).to(device), ids.to(device)
     folder = BUNDLED / "model"
     text = "\n".join(json.loads(row)["text"] for row in (BUNDLED / "heldout.jsonl").read_text("utf-8").splitlines())
-    ids = torch.tensor(AutoTokenizer.from_pretrained(folder)(text)["input_ids"][: 8 * LENGTH])
+    ids = torch.tensor(AutoTokenizer.from_pretrained(folder)(text)["input_ids"][: max(PREFILLS.values())])
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype)).eval()
     return model.to(device), ids.to(device)
 
@@ -288,8 +281,8 @@ def speed(options: argparse.Namespace) -> None:
             for (mode, rate), file in files.items():
                 if file.is_file():
                     continue
-                length = LENGTH if mode == PREFILL else PROMPT + STEPS
-                ids_BT = ids[: MODES[mode] * length].view(MODES[mode], length)
+                sequences, length = MODES[mode]
+                ids_BT = ids[: sequences * length].view(sequences, length)
                 found = measure_speed(model, ids_BT, mode, float(rate), options.rounds)
                 implementation = str(model.config._experts_implementation)
                 job = {"device_name": options.device, "model": name, "dtype": dtype, "mode": mode, "rate": rate}

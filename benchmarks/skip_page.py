@@ -17,7 +17,7 @@ from strategies_page import kept_above_chance
 
 from moeprune.evaluation.agreement import Perplexity, TokenLosses, perplexity_ratio
 
-PREFILL = "prefill, 512 tokens"
+PREFILLS: Mapping[str, int] = {f"prefill, {length} tokens": length for length in (512, 2048)}
 CONTROLS = ("random", "oracle")
 RENORMS = ("none", "survivors")
 TRAINED = "+distilled"
@@ -137,7 +137,7 @@ class Page:
             cells = [
                 one for one in self.speed if (one["device_name"], one["model"], one["dtype"]) == (device, model, dtype)
             ]
-            cells.sort(key=lambda one: (one["mode"] != PREFILL, one["mode"], float(one["rate"])))
+            cells.sort(key=lambda one: (one["mode"] not in PREFILLS, len(one["mode"]), one["mode"], float(one["rate"])))
             first = cells[0]
             yield f"### {model}, {dtype}, on {first['device']}"
             yield ""

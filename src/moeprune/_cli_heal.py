@@ -17,10 +17,10 @@ if TYPE_CHECKING:
 _TRAIN = typer.Option(
     "--train",
     metavar="LEVEL",
-    help="What moves. layerwise: all, experts, down, router. logits: router, experts, attention, norms, all.",
+    help="What moves. layerwise, experts: all, experts, down, router. logits: router, experts, attention, norms, all.",
 )
 _MINUTES = typer.Option(
-    "--minutes", metavar="N", help="layerwise: for all layers, instead of --steps; no two runs are then alike."
+    "--minutes", metavar="N", help="layerwise, experts: for all layers, instead of --steps; no two runs are then alike."
 )
 
 
@@ -34,8 +34,8 @@ def heal(
         typer.Option(
             "--method",
             metavar="NAME",
-            help="layerwise: one layer in memory. closed-form: so too, by least squares. logits: the whole model. "
-            "lora: adapters on its attention.",
+            help="layerwise: one layer in memory. closed-form: so too, by least squares. experts: so too, each expert of "
+            "a sparsified model also by itself. logits: the whole model. lora: adapters on its attention.",
         ),
     ] = "layerwise",
     train: Annotated[str | None, _TRAIN] = None,

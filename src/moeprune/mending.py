@@ -16,6 +16,7 @@ from moeprune.healing.distillation import Recipe
 from moeprune.healing.lora import Rank
 from moeprune.plans_sparsify import SPARSIFY
 from moeprune.repairing import CLOSED_FORM, LAYERWISE, HealResult, heal_layerwise
+from moeprune.repairing import METHODS as BY_LAYER
 from moeprune.runtime.loading import kind_of
 
 Method = Callable[..., HealResult]
@@ -54,13 +55,14 @@ def heal(
         pruned: what was made from it.
         output: new folder, which appears whole or not at all.
         method: ``layerwise`` fits each layer to the original's and has one of them in memory; ``closed-form``
-            does so without gradients, by ridge regression on the experts' down projections; ``logits`` trains the
-            whole model on the original's predictions; ``lora`` trains adapters on the attention and merges them.
+            does so without gradients, by ridge regression on the experts' down projections; ``experts``, for
+            sparsified models, fits each expert to the one that it was as well (arXiv:2410.12013); ``logits`` trains
+            the whole model on the original's predictions; ``lora`` trains adapters on the attention and merges them.
         calibration: ``[DOMAIN=]SOURCE`` each.
         revision: of a base on the Hub.
         overwrite: replace a folder that is not empty.
         dry_run: check everything, and run nothing.
-        options: ``steps``, ``lr``, ``step_tokens`` and ``train``; ``minutes`` for ``layerwise``; the other fields of
+        options: ``steps``, ``lr``, ``step_tokens`` and ``train``; ``minutes`` for methods by layer; the other fields of
             :class:`moeprune.healing.distillation.Recipe` for ``logits`` and ``lora``, and ``rank`` and ``alpha`` for
             ``lora``; those of :class:`moeprune._options.CalibrationOptions` that say how data is read and models run.
 
@@ -89,7 +91,7 @@ def heal(
 
 
 def _check_options(method: str, options: Mapping[str, Any]) -> None:
-    others = _OF_WHOLE_MODELS if method in (LAYERWISE, CLOSED_FORM) else _OF_LAYERS
+    others = _OF_WHOLE_MODELS if method in BY_LAYER else _OF_LAYERS
     if method == CLOSED_FORM:
         others = others | _OF_GRADIENTS
     for name, option in others.items():
@@ -141,8 +143,7 @@ def _split(options: Mapping[str, Any], kind: type[Any], shared: set[str]) -> tup
 
 
 METHODS: Mapping[str, Method] = {
-    LAYERWISE: heal_layerwise,
-    CLOSED_FORM: functools.partial(heal_layerwise, method=CLOSED_FORM),
+    **{name: functools.partial(heal_layerwise, method=name) for name in BY_LAYER},
     "logits": _distilled("logits"),
     "lora": _distilled("lora"),
 }

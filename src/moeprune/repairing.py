@@ -16,6 +16,7 @@ from moeprune.errors import ConfigError, nearest
 from moeprune.evaluation.agreement import batches
 from moeprune.healing.closed_form import ClosedFormHealing
 from moeprune.healing.distillation import Text
+from moeprune.healing.expertwise import ExpertwiseHealing, check_one_to_one
 from moeprune.healing.fitting import STEPS, Schedule
 from moeprune.healing.layerwise import COPIES, LEVELS, Healed, LayerwiseHealing, check_pair
 from moeprune.rewrite.changed import changing, check_plain, write_changed
@@ -24,11 +25,16 @@ from moeprune.runtime.loading import needs_loading
 
 if TYPE_CHECKING:
     from moeprune.calibration import CalibrationSet
-    from moeprune.streaming.forecast import Forecast
+    from moeprune.streaming.forecast import Forecast, Limits
     from moeprune.streaming.stream import LayerStream
 
 SCHEMA = "moeprune.healing/1"
-LAYERWISE, CLOSED_FORM = "layerwise", "closed-form"
+LAYERWISE, CLOSED_FORM, EXPERTS = "layerwise", "closed-form", "experts"
+METHODS: Mapping[str, type[LayerwiseHealing]] = {
+    LAYERWISE: LayerwiseHealing,
+    CLOSED_FORM: ClosedFormHealing,
+    EXPERTS: ExpertwiseHealing,
+}
 STEP_TOKENS = 1024
 _CARRIED = ("plan.json", "statistics.safetensors")  # what was done to the model before it was healed, and why
 
@@ -80,8 +86,9 @@ def heal_layerwise(
         pruned: what was made from it.
         output: new folder, which appears whole or not at all.
         calibration: ``[DOMAIN=]SOURCE`` each; every tenth sequence of a domain only judges.
-        method: ``layerwise`` takes gradient steps; ``closed-form`` solves for the down projections of routed experts,
-            and ``train``, ``steps``, ``minutes`` and ``lr`` say nothing.
+        method: ``layerwise`` takes gradient steps; ``experts`` too, and also brings each expert of a sparsified model
+            closer to the one that it was; ``closed-form`` solves for the down projections of routed experts, and
+            ``train``, ``steps``, ``minutes`` and ``lr`` say nothing.
         train: what of a layer: ``all``, ``experts`` (routed ones and their router), ``down`` or ``router``.
         steps: of Adam, for each layer; or
         minutes: for all layers together.
@@ -131,6 +138,8 @@ def heal_layerwise(
     streams = [open_stream(checkpoint, job.running) for checkpoint in (original, start)]
     expected = _arrange(streams[0], streams[1], job)
     check_pair(streams[0], streams[1])
+    if method == EXPERTS:
+        check_one_to_one(streams[0], streams[1])
     if dry_run:
         return HealResult(output=Path(output), method=method, forecast=expected)
     return _run(job, streams, expected, Path(output), max_shard_size=max_shard_size, overwrite=overwrite)
@@ -199,7 +208,7 @@ def _run(
     parts = (sorted(job.command.items()), sorted(job.inputs.items()), job.settings.device)
     room = 2 * job.start.nbytes + expected.disk
     with changing(job.start, output, job=parts, overwrite=overwrite, nbytes=room) as changes:
-        healing = (ClosedFormHealing if job.method == CLOSED_FORM else LayerwiseHealing)(
+        healing = METHODS[job.method](
             streams[0],
             streams[1],
             job.text,
@@ -272,13 +281,34 @@ def _arrange(base: LayerStream, given: LayerStream, job: _Job) -> Forecast:
     load = Load(shapes=shapes, copies=copies, last=base.depth - 1, head=True, durable=True)
     expected = forecast(base.weights, load, limits)
     base.chunk = expected.chunk
-    fitting = COPIES * max(given.weights.nbytes(layer) for layer in range(given.depth)) + 4 * expected.work
-    room = limits.host if limits.device is None else limits.device
-    if fitting > room:
-        option = "--memory" if limits.device is None else "--device-memory"
-        raise ConfigError(
-            f"fitting a layer takes {human_bytes(fitting)}, and there are {human_bytes(room)}",
-            f"raise {option}, or run smaller batches with --step-tokens",
-        )
+    if METHODS[job.method].keeps_original and not base.whole_layers:
+        raise ConfigError(f"--method {job.method} holds a layer of both models in memory", "raise --memory")
+    fitting = COPIES * _largest(given) + 4 * expected.work
+    if METHODS[job.method].keeps_original:
+        fitting += _largest(base) + 4 * expected.work
+    return _with_fit(expected, fitting, limits)
+
+
+def _with_fit(expected: Forecast, fitting: int, limits: Limits) -> Forecast:
+    """The forecast of a sweep in which so many bytes are taken while a layer is fitted.
+
+    Raises:
+        ConfigError: it cannot fit.
+    """
+    more = max(0, fitting - expected.layer - expected.work)
     place = "host" if limits.device is None else "device"
-    return dataclasses.replace(expected, **{place: max(getattr(expected, place), fitting)})
+    whole = dataclasses.replace(expected, **{place: getattr(expected, place) + more})
+    if whole.host > limits.host and not whole.spill:
+        whole = dataclasses.replace(whole, spill=True, host=whole.host - whole.states)
+    needed, room = getattr(whole, place), getattr(limits, place)
+    if needed > room:
+        raise ConfigError(
+            f"fitting a layer takes {human_bytes(needed)}, and there are {human_bytes(room)}",
+            f"raise {'--memory' if place == 'host' else '--device-memory'}, or run smaller batches with --step-tokens",
+        )
+    return whole
+
+
+def _largest(stream: LayerStream) -> int:
+    """Bytes of a model's largest layer in memory."""
+    return max(stream.weights.nbytes(layer) for layer in range(stream.depth))

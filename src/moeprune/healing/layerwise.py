@@ -68,7 +68,12 @@ class LayerwiseHealing:
         step_tokens: tokens of a batch, padding included; each step takes one.
         changes: where finished layers and states go, so that a killed run goes on.
         spill: keep the states in files.
+
+    Attributes:
+        keeps_original: whether the original's layer is in memory too while a layer is fitted.
     """
+
+    keeps_original = False
 
     def __init__(
         self,
@@ -132,21 +137,31 @@ class LayerwiseHealing:
     def _layer(self, index: int) -> None:
         import torch
 
-        with torch.no_grad(), self._base.layer(index):
-            self._advance(index, self._base, self._states["base"], range(len(self._batches)))
-        with self._given.layer(index), self._loss(index) as loss:
+        with contextlib.ExitStack() as original:
+            original.enter_context(self._base.layer(index))
             with torch.no_grad():
-                self._advance(index, self._given, self._states["given"], self._held)
-            parameters = self._parameters(index)
-            fitted = self._fit(index, parameters, loss) if parameters else None
-            improved = parameters if fitted is not None and fitted.best else {}
-            tensors = stored_tensors(self._given.weights, index, self._rounded(index, improved))
-            with torch.no_grad():
-                self._advance(index, self._given, self._states["healed"], range(len(self._batches)))
-                kl = self._divergence(loss) if index == self._base.depth - 1 else None
-            saved = {name: self._save(name) for name in self._states}
-            record = {"fitted": dataclasses.asdict(fitted) if fitted else None, "states": saved, "held_out_kl": kl}
-            self._changes.add(index, tensors, record)
+                self._advance(index, self._base, self._states["base"], range(len(self._batches)))
+            if not self.keeps_original:
+                original.close()
+            with self._given.layer(index), self._loss(index) as loss:
+                self._heal(index, loss)
+
+    def _heal(self, index: int, loss: Loss) -> None:
+        """The layer of the given model that is in memory: fit it, run it, and hand it over."""
+        import torch
+
+        with torch.no_grad():
+            self._advance(index, self._given, self._states["given"], self._held)
+        parameters = self._parameters(index)
+        fitted = self._fit(index, parameters, loss) if parameters else None
+        improved = parameters if fitted is not None and fitted.best else {}
+        tensors = stored_tensors(self._given.weights, index, self._rounded(index, improved))
+        with torch.no_grad():
+            self._advance(index, self._given, self._states["healed"], range(len(self._batches)))
+            kl = self._divergence(loss) if index == self._base.depth - 1 else None
+        saved = {name: self._save(name) for name in self._states}
+        record = {"fitted": dataclasses.asdict(fitted) if fitted else None, "states": saved, "held_out_kl": kl}
+        self._changes.add(index, tensors, record)
 
     @contextlib.contextmanager
     def _loss(self, index: int) -> Iterator[Loss]:
