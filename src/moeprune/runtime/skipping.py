@@ -347,17 +347,29 @@ def compacted(
     Returns:
         The layer's output [T, H]; slots are added up in the order that the model has, whatever the device.
     """
+    import torch
+
     tokens, top_k = keep_TK.shape
-    [place_R] = keep_TK.reshape(-1).nonzero(as_tuple=True)
+    slots_S = keep_TK.reshape(-1)
+    [place_R] = slots_S.nonzero(as_tuple=True)
     if len(place_R) == tokens * top_k:
         return experts(hidden_TH, index_TK, gates_TK)
-    # As the model does: rows are weighted, and added up, in the precision of the weights.
-    slots_SH = gates_TK.new_zeros((tokens * top_k, hidden_TH.shape[-1]))
-    if len(place_R):
-        ones_R1 = gates_TK.new_ones((len(place_R), 1))
-        rows_RH = experts(hidden_TH[place_R // top_k], index_TK.reshape(-1)[place_R, None], ones_R1)
-        slots_SH = slots_SH.index_copy(0, place_R, rows_RH * gates_TK.reshape(-1)[place_R, None])
-    return slots_SH.view(tokens, top_k, -1).sum(dim=1).to(hidden_TH.dtype)
+    # Grouped by expert already, so that whatever the experts do to group them reads memory in its order.
+    chosen_R, order_R = index_TK.reshape(-1)[place_R].sort(stable=True)
+    ones_R1 = gates_TK.new_ones((len(place_R), 1))
+    rows_RH = experts(hidden_TH[place_R[order_R] // top_k], chosen_R[:, None], ones_R1)
+    # Weighted and added up in one go, in the precision of the weights: a bag of rows for each token.
+    row_R = torch.empty_like(order_R)
+    row_R[order_R] = torch.arange(len(order_R), device=order_R.device)
+    ends_T = keep_TK.sum(dim=1).cumsum(0)
+    bags = torch.nn.functional.embedding_bag(
+        row_R,
+        rows_RH.to(gates_TK.dtype),
+        ends_T - keep_TK.sum(dim=1),
+        mode="sum",
+        per_sample_weights=gates_TK.reshape(-1)[place_R],
+    )
+    return bags.to(hidden_TH.dtype)
 
 
 # --- whole models -----------------------------------------------------------------------------------------------------
