@@ -1,7 +1,7 @@
 """Token-skip gating of a loaded model: slots that a policy finds not worth it are not run.
 
 The gate stands before a layer's experts. It decides from what the router gave, hands on only the rows of the slots that
-stay, and adds up what comes back in the model's own order. So a skipped slot costs nothing in any implementation of the
+stay, and adds up what comes back token by token. So a skipped slot costs nothing in any implementation of the
 experts below, a token whose slots are all skipped gets exactly zero from them, and where nothing is skipped the model's
 own call is made, to the bit.
 """
@@ -345,7 +345,7 @@ def compacted(
         keep_TK: which slots run.
 
     Returns:
-        The layer's output [T, H]; slots are added up in the order that the model has, whatever the device.
+        The layer's output [T, H]; what a token gets does not depend on the slots of others, whatever the device.
     """
     import torch
 
