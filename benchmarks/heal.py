@@ -1,12 +1,15 @@
 """Dropping, fusing and thinning to equal bytes, each as it is and healed layer by layer; what healing takes of memory.
 
-    python benchmarks/heal.py --work WORK -o docs/benchmarks/heal.md       # the tables; goes on where it stopped
-    python benchmarks/heal.py --work WORK --compare                        # what to fit, and to what
-    python benchmarks/heal.py --work WORK --memory [--small]               # a layer of Qwen3-30B-A3B's size
+    python benchmarks/heal.py --work WORK -o docs/benchmarks/heal.md       # all parts; goes on where it stopped
+    python benchmarks/heal.py --work WORK --parts time                     # methods at equal time
+    python benchmarks/heal.py --work WORK --memory --layers 6 [--small]    # layers of Qwen3-30B-A3B's size
 
 Calibration text, held-out text and tasks share no passage. Each checkpoint is made in a process of its own, whose
 seconds and peak memory are measured from outside, then evaluated: tasks (one is written, six are four-way choices) and
 perplexity. Every cell is a JSON file in the work folder.
+
+A way is what is done to the model, then what is done to the result, joined by ``+``: ``drop``, ``auto``, ``fuse``,
+``neurons``, ``sparse``, ``2:4``; ``heal[@STEPS][=LEVEL[=VARIANT]]``, ``closed-form``, ``experts[@STEPS]``.
 """
 
 from __future__ import annotations
@@ -34,8 +37,22 @@ from moeprune.pipeline import BUNDLED
 CALIBRATION, HELDOUT = str(BUNDLED / "calibration.jsonl"), BUNDLED / "heldout.jsonl"
 RATIOS = ("0.5", "0.75")
 WAYS = ("drop", "drop+heal", "fuse", "fuse+heal", "neurons", "neurons+heal")
+SPARSE = (
+    "sparse",
+    "sparse+heal",
+    "sparse+experts",
+    "2:4",
+    "2:4+heal",
+    "2:4+experts",
+    "neurons+heal",
+    "neurons+experts",
+)
+CHAIN = "drop+closed-form+heal@50"
+TIMED = ("drop+closed-form", *(f"drop+heal@{steps}" for steps in (10, 25, 50, 100, 200)), "drop+heal", CHAIN)
+FITTED = ("drop+heal", *(f"drop+heal={level}" for level in ("experts", "down", "router")))
+FITTED += ("drop+heal=all=no-norm", "drop+heal=all=no-logits")
+PARTS = {"tables": WAYS, "time": TIMED, "sparse": SPARSE, "fit": FITTED}
 WRITTEN = "tiny_sorting"  # its answers are generated; chance is 0, and a quarter elsewhere
-HEALED = "+heal"
 RESAMPLES = 2000
 
 
@@ -47,20 +64,24 @@ def make(model: str, ratio: str, way: str, source: Path, out: Path) -> None:
     import moeprune
 
     base = MODELS[model]
-    start, _, healing = way.partition("+")
+    _, plus, healing = way.rpartition("+")
     given: dict[str, Any] = {"calibration": CALIBRATION, "overwrite": True}
-    if healing:
-        level, _, variant = healing.removeprefix("heal").removeprefix(":").partition(":")
+    if plus:
+        named, level, variant = [*healing.split("="), "", ""][:3]
+        method, _, steps = named.partition("@")
+        more: dict[str, Any] = {"steps": int(steps)} if steps else {}
+        more |= {"train": level} if level else {}
         with VARIANTS[variant]():
-            moeprune.heal(base, source, out, train=level or "all", **given)
-    elif start == "drop":
+            moeprune.heal(base, source, out, method="layerwise" if method == "heal" else method, **more, **given)
+    elif healing == "drop":
         moeprune.prune(base, out, ratio=ratio, **given)
-    elif start == "auto":
+    elif healing == "auto":
         moeprune.prune(base, out, ratio=ratio, strategy="auto", selection=str(BUNDLED / "selection.jsonl"), **given)
-    elif start == "fuse":
+    elif healing == "fuse":
         moeprune.fuse(base, out, ratio=ratio, **given)
     else:
-        moeprune.sparsify(base, out, neurons=ratio, **given)
+        how = {"neurons": {"neurons": ratio}, "sparse": {"sparsity": ratio}}.get(healing, {"pattern": healing})
+        moeprune.sparsify(base, out, **how, **given)
 
 
 @contextlib.contextmanager
@@ -92,27 +113,31 @@ def _without_logits() -> Iterator[None]:
 
 
 VARIANTS = {"": _as_it_is, "no-norm": _without_norm, "no-logits": _without_logits}
-COMPARED = ("drop+heal", *(f"drop+heal:{level}" for level in ("experts", "down", "router")))
-COMPARED += ("drop+heal:all:no-norm", "drop+heal:all:no-logits")
 
 
 def made(options: argparse.Namespace, model: str, ratio: str, way: str) -> tuple[Path, dict[str, float]]:
-    """The checkpoint of a cell, and the seconds and bytes that making it took."""
+    """The checkpoint of a cell, and the seconds and bytes that the last thing done to it took; of healings, of all."""
     if way == "base":
         return MODELS[model], {"seconds": 0.0, "peak": 0.0}
-    folder = options.work / model / f"{ratio}-{way}".replace(":", "-")
+    folder = options.work / model / _named(ratio, way)
     file = folder.with_name(f"{folder.name}.made.json")
     if not file.is_file() or not folder.is_dir():
-        start = made(options, model, ratio, way.partition("+")[0])[0] if "+" in way else folder
+        before = way.rpartition("+")[0]
+        start, cost = made(options, model, ratio, before) if before else (folder, {})
+        spent = cost["seconds"] if "+" in before else 0.0
         folder.parent.mkdir(parents=True, exist_ok=True)
         words = [sys.executable, __file__, "--make", model, ratio, way, str(start), str(folder)]
         begun = time.perf_counter()
         subprocess.run([*words, "--threads", str(options.threads)], check=True, stdout=subprocess.DEVNULL)
-        seconds = time.perf_counter() - begun
+        seconds = spent + time.perf_counter() - begun
         peak = json.loads((folder.parent / "peak.json").read_text())
         file.write_text(json.dumps({"seconds": seconds, "peak": peak}))
-    cost: dict[str, float] = json.loads(file.read_text())
+    cost = json.loads(file.read_text())
     return folder, cost
+
+
+def _named(ratio: str, way: str) -> str:
+    return way if way == "base" else f"{ratio}-{way}".replace(":", "")
 
 
 # --- evaluating -------------------------------------------------------------------------------------------------------
@@ -120,7 +145,7 @@ def made(options: argparse.Namespace, model: str, ratio: str, way: str) -> tuple
 
 def measured(options: argparse.Namespace, model: str, ratio: str, way: str) -> dict[str, Any]:
     """Answers and losses of a cell."""
-    name = "base" if way == "base" else f"{ratio}-{way}".replace(":", "-")
+    name = _named(ratio, way)
     file = options.work / model / f"{name}.json"
     if not file.is_file():
         folder, cost = made(options, model, ratio, way)
@@ -214,32 +239,58 @@ def row(base: dict[str, Any], cell: dict[str, Any], dropped: float | None) -> li
 HEAD = "MB | kept % | worst task % | written % | chosen % | ppl x | gap back % | seconds | peak MB"
 
 
-def page(options: argparse.Namespace, ways: tuple[str, ...], ratios: tuple[str, ...]) -> str:
+TITLES = {
+    "tables": "Dropped, fused, narrowed; healed and not",
+    "time": "Closed form and gradient steps at equal time",
+    "sparse": "Sparsified models, healed by layer and expert by expert",
+    "fit": "What to fit, and to what",
+}
+NOTES = {
+    "time": "`heal@N` takes N steps in each layer, `heal` 400; of a chain the seconds of both healings are added up.",
+    "sparse": "`sparse` sets the ratio of each row's weights to zero, `2:4` two of every four, `neurons` removes whole "
+    "neurons; MB are those of the files, in which zeros are stored.",
+    "fit": "`=LEVEL` says what is trained; `no-norm` measures errors of the states themselves, `no-logits` fits the "
+    "last layer like the others.",
+}
+
+
+def page(options: argparse.Namespace) -> str:
     """All tables; measures what is missing."""
     limit = f" --limit {options.limit}" if options.limit else ""
+    threads = f"{options.threads} thread" + "s" * (options.threads > 1)
     lines = [
         "# Healed and not",
         "",
-        f"    python benchmarks/heal.py --work WORK{limit}{' --compare' if options.compare else ''}",
+        f"    python benchmarks/heal.py --work WORK --threads {options.threads}{limit} -o docs/benchmarks/heal.md",
         "",
         "- *kept %*: accuracy above chance over the original's, mean over the tasks, with a 95 % bootstrap interval",
         "  over questions, paired; *worst task %*: the least that one task keeps. *written*: exact match of generated",
         "  answers; *chosen*: mean of the four-way choices.",
         "- *ppl x*: held-out perplexity over the original's, with its 95 % interval over documents; *gap back*: how",
-        "  much of what the same model loses without healing.",
-        "- *seconds*, *peak*: of the process that makes the checkpoint with its imports; of `+heal` the healing alone.",
+        "  much of what the same model loses without healing. It can be more than all, and a ratio below 1 is no",
+        "  better model: healing is trained on text of the same kind.",
+        "- *seconds*, *peak*: of the process that makes the checkpoint with its imports; of what is healed, the",
+        f"  healing alone; {threads}.",
         "",
     ]
-    for ratio in ratios:
-        for model in options.models:
-            base = measured(options, model, ratio, "base")
-            lines += [f"## {model}, {float(ratio):.0%} removed", "", f"| way | {HEAD} |", "|---|" + "--:|" * 9]
-            for way in ways:
-                cell = measured(options, model, ratio, way)
-                plain = measured(options, model, ratio, way.partition("+")[0]) if "+" in way else None
-                lines.append(f"| {way} | {' | '.join(row(base, cell, _rise(base, plain)))} |")
-            lines.append("")
+    for part in options.parts:
+        ratios = options.ratios if part == "tables" else ["0.5"]
+        lines += [f"## {TITLES[part]}", "", *([NOTES[part], ""] if part in NOTES else [])]
+        for ratio in ratios:
+            for model in options.models:
+                lines += [f"### {model}, {float(ratio):.0%} removed", "", *table(options, model, ratio, part), ""]
     return "\n".join(lines)
+
+
+def table(options: argparse.Namespace, model: str, ratio: str, part: str) -> Iterator[str]:
+    """One model's ways beside one another."""
+    base = measured(options, model, ratio, "base")
+    yield f"| way | {HEAD} |"
+    yield "|---|" + "--:|" * 9
+    for way in options.ways or PARTS[part]:
+        cell = measured(options, model, ratio, way)
+        plain = measured(options, model, ratio, way.partition("+")[0]) if "+" in way else None
+        yield f"| {way} | {' | '.join(row(base, cell, _rise(base, plain)))} |"
 
 
 def _rise(base: dict[str, Any], cell: dict[str, Any] | None) -> float | None:
@@ -283,10 +334,10 @@ def main() -> None:
     parser.add_argument("-o", "--output", type=Path, help="Markdown file; stdout otherwise")
     parser.add_argument("--models", nargs="+", default=list(MODELS), choices=list(MODELS))
     parser.add_argument("--ratios", nargs="+", default=list(RATIOS))
-    parser.add_argument("--ways", nargs="+", default=list(WAYS), help="also: auto, auto+heal")
+    parser.add_argument("--parts", nargs="+", default=list(PARTS), choices=list(PARTS))
+    parser.add_argument("--ways", nargs="+", help="in the place of those of the parts")
     parser.add_argument("--limit", type=int, help="first N questions of each task")
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--compare", action="store_true", help="what to fit and to what, at 50 %%")
     parser.add_argument("--memory", action="store_true")
     parser.add_argument("--small", action="store_true", help="a smaller synthetic model")
     parser.add_argument("--layers", type=int, default=5, help="of the synthetic model")
@@ -307,8 +358,7 @@ def main() -> None:
     if options.memory:
         memory(options)
         return
-    ways, ratios = (COMPARED, ("0.5",)) if options.compare else (tuple(options.ways), tuple(options.ratios))
-    text = page(options, ways, ratios)
+    text = page(options)
     if options.output:
         options.output.write_text(text, encoding="utf-8")
     else:

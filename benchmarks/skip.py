@@ -27,7 +27,7 @@ import numpy as np
 from skip_page import CONTROLS, PREFILLS, TRAINED, Page, quality_file, speed_file, variants_of
 from strategies import MODELS, ROWS, Bench, _score
 
-from moeprune.experts import ExpertLayer, expert_layers
+from moeprune.experts import expert_layers
 from moeprune.pipeline import BUNDLED
 from moeprune.plans_skip import Renorm, SkipLayer, SkipPlan
 from moeprune.runtime.masking import applied

@@ -34,8 +34,8 @@ def heal(
         typer.Option(
             "--method",
             metavar="NAME",
-            help="layerwise: one layer in memory. closed-form: so too, by least squares. experts: so too, each expert of "
-            "a sparsified model also by itself. logits: the whole model. lora: adapters on its attention.",
+            help="layerwise: one layer in memory. closed-form: so too, by least squares. experts: so too, and each "
+            "expert of a sparsified model by itself. logits: the whole model. lora: adapters on its attention.",
         ),
     ] = "layerwise",
     train: Annotated[str | None, _TRAIN] = None,
@@ -110,7 +110,7 @@ def print_healed(result: HealResult, *, as_json: bool) -> None:
         out.print_json(out.healed_object(result))
         return
     if result.before is None or result.after is None:
-        out.show(out.render_forecast(result.forecast, "healing"))
+        out.show(out.render_heal_forecast(result.forecast))
         out.show(f"dry run: nothing was written to {result.output}")
         return
     out.show(out.render_healing(result))

@@ -12,6 +12,7 @@ from moeprune import _files
 if TYPE_CHECKING:
     from moeprune.evaluation.compare import EvalReport
     from moeprune.evaluation.text import TextReport
+    from moeprune.healing.forecast import TrainingForecast
     from moeprune.oneshot import PruneResult
     from moeprune.plans import PruningPlan
     from moeprune.repairing import HealResult
@@ -233,6 +234,15 @@ def render_healing(result: HealResult) -> str:
         return "nothing was closer to the original on held-out text: the weights are those that were given"
     less = 100 * (1 - result.after / result.before)
     return f"{result.method}: KL from the original {result.before:.4f} -> {result.after:.4f} nats (-{less:.0f} %)"
+
+
+def render_heal_forecast(expected: Forecast | TrainingForecast | None) -> str:
+    """What healing would take: one layer at a time, or both models as a whole."""
+    from moeprune.streaming.forecast import Forecast
+
+    if expected is None or isinstance(expected, Forecast):
+        return render_forecast(expected, "healing")
+    return f"healing: {expected}"
 
 
 def healed_object(result: HealResult) -> dict[str, Any]:

@@ -182,6 +182,7 @@ def _render(result: SkipResult) -> str:
     plan = result.plan
     if plan is None:
         lines = [f"would take: {result.forecast}"] if result.forecast else []
+        lines += [f"training would take: {result.training}"] if result.training else []
         return "\n".join([*lines, f"dry run: nothing was written to {result.output}"])
     lines = [f"{plan.policy}: {plan.rate:.1%} of the slots skipped on the calibration text ({plan.target:.1%} asked)"]
     if plan.layers:
@@ -210,6 +211,7 @@ def as_object(result: SkipResult) -> dict[str, Any]:
         "written": result.plan is not None,
         "plan": result.plan.to_dict() if result.plan else None,
         "forecast": result.forecast.to_dict() if result.forecast else None,
+        "training_forecast": result.training.to_dict() if result.training else None,
         "verification": dataclasses.asdict(result.verification) if result.verification else None,
         "heldout": result.heldout.payload() if result.heldout is not None else None,
         "report": result.report.payload() if result.report is not None else None,

@@ -12,7 +12,9 @@ from moeprune._files import PathLike, envelope, note
 from moeprune._options import CalibrationOptions, by_stage, several
 from moeprune.checkpoint import Checkpoint, open_checkpoint
 from moeprune.errors import ConfigError
+from moeprune.healing.carried import carried
 from moeprune.healing.distillation import Distilled, Recipe, Text, check_levels, distil, held_out_divergence, trainable
+from moeprune.healing.forecast import TrainingForecast, training_forecast
 from moeprune.rewrite.changed import Changes, changing, check_plain, write_changed
 from moeprune.rewrite.drop import DEFAULT_SHARD_SIZE, check_output
 from moeprune.runtime.loading import needs_loading
@@ -38,14 +40,16 @@ class DistillResult:
     Attributes:
         output: the folder.
         method: ``logits`` or ``lora``.
-        distilled: what the run came to.
+        distilled: what the run came to; None in a dry run.
         healed: whether the output predicts what the original does better than the given model; else it is a copy.
+        forecast: memory, of a dry run.
     """
 
     output: Path
     method: str
-    distilled: Distilled
-    healed: bool
+    distilled: Distilled | None = None
+    healed: bool = False
+    forecast: TrainingForecast | None = None
 
 
 def distil_checkpoint(
@@ -60,7 +64,9 @@ def distil_checkpoint(
     rank: Rank | None = None,
     keep_zeros: bool = False,
     max_shard_size: int = DEFAULT_SHARD_SIZE,
+    revision: str | None = None,
     overwrite: bool = False,
+    dry_run: bool = False,
     **options: Any,
 ) -> DistillResult:
     """Train a pruned, fused or sparsified checkpoint on the next-token distributions of its original.
@@ -78,7 +84,9 @@ def distil_checkpoint(
         rank: of the adapters.
         keep_zeros: weights that are exactly zero stay so, as those that were pruned away.
         max_shard_size: bytes of tensors per file.
+        revision: of a base on the Hub.
         overwrite: replace a folder that is not empty.
+        dry_run: check everything, forecast the memory, and run nothing.
         options: ``num_samples``, ``max_length``, ``device`` and the other fields of
             :class:`moeprune._options.CalibrationOptions` that say how data is read.
 
@@ -93,8 +101,9 @@ def distil_checkpoint(
         raise ConfigError(f"there is no method {method!r} of distillation", ", ".join(METHODS))
     [given] = by_stage(options, CalibrationOptions)
     settings = CalibrationOptions(sources=several(calibration), **given)
-    original, start = open_checkpoint(base), open_checkpoint(pruned)
+    original, start = open_checkpoint(base, revision=revision), open_checkpoint(pruned)
     check_plain(start, "distillation")
+    check_device(settings.device)
     if needs_loading(start.path):
         raise ConfigError(f"{start.path.name} skips experts of tokens", "distil it with moeprune skip --distill")
     check_output(start, output, overwrite=overwrite)
@@ -112,6 +121,8 @@ def distil_checkpoint(
         settings=settings,
         inputs={"base": original.fingerprint, "model": start.fingerprint, "calibration": data.fingerprint},
     )
+    if dry_run:
+        return DistillResult(output=Path(output), method=method, forecast=_forecast(job))
     return _run(job, Path(output), max_shard_size=max_shard_size, overwrite=overwrite)
 
 
@@ -144,6 +155,33 @@ class _Job:
         return own | dataclasses.asdict(self.recipe) | read | ({"keep_zeros": True} if self.keep_zeros else {})
 
 
+def _forecast(job: _Job) -> TrainingForecast:
+    """What training would take, from models without weights."""
+    from moeprune.healing.lora import Rank, adapter_sizes
+    from moeprune.streaming.skeleton import build_skeleton
+
+    trusted = job.settings.trust_remote_code
+    student, teacher = (build_skeleton(one, trust_remote_code=trusted) for one in (job.start, job.original))
+    if job.method == "lora":
+        sizes = adapter_sizes(student, job.rank or Rank())
+    else:
+        sizes = [value.numel() for value in trainable(student, job.train).values()]
+    return training_forecast(student, teacher, sizes, job.text.train, job.recipe)
+
+
+def check_device(device: str | None) -> None:
+    """Refuse a place that a whole model is not trained on: accelerate chooses the GPU of each process.
+
+    Raises:
+        ConfigError: the message says how to choose.
+    """
+    if device not in {None, "cpu", "cuda"}:
+        raise ConfigError(
+            f"whole models are not trained on --device {device}",
+            "cpu or cuda; CUDA_VISIBLE_DEVICES says which GPU, and accelerate launch takes several",
+        )
+
+
 def _run(job: _Job, output: Path, *, max_shard_size: int, overwrite: bool) -> DistillResult:
     parts = (sorted(job.command.items()), sorted(job.inputs.items()), job.settings.device)
     with changing(job.start, output, job=parts, overwrite=overwrite, nbytes=2 * job.start.nbytes) as changes:
@@ -157,6 +195,7 @@ def _run(job: _Job, output: Path, *, max_shard_size: int, overwrite: bool) -> Di
             changes,
             output,
             records={"healing": record},
+            extra=carried(job.start),
             max_shard_size=max_shard_size,
             overwrite=overwrite,
         )
@@ -216,6 +255,22 @@ def load_pair(
     student = load_model(start, dtype="float32", **common)
     teacher = load_model(original, dtype="float32" if recipe.precision == "no" else "auto", **common)
     return student, teacher
+
+
+def forecast_gated(
+    checkpoint: Checkpoint,
+    settings: CalibrationOptions,
+    data: CalibrationSet,
+    recipe: Recipe,
+    train: Sequence[str] | str,
+) -> TrainingForecast:
+    """What training a model with gates in the loop would take; rows of zero experts are too few to count."""
+    from moeprune.streaming.skeleton import build_skeleton
+
+    model = build_skeleton(checkpoint, trust_remote_code=settings.trust_remote_code)
+    levels = [level for level in several(train) if level != "zero-rows"]
+    sizes = [value.numel() for value in trainable(model, levels).values()] if levels else []
+    return training_forecast(model, model, sizes, Text.split(data).train, recipe)
 
 
 # --- with gates -------------------------------------------------------------------------------------------------------

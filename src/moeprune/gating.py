@@ -16,7 +16,7 @@ from moeprune._options import CalibrationOptions, by_stage, check_margin, eval_s
 from moeprune.calibration import CalibrationSet
 from moeprune.checkpoint import Checkpoint, open_checkpoint
 from moeprune.collecting import limits_of, open_stream, spill_folder
-from moeprune.distilling import check_distillation, distil_gated, distil_zero
+from moeprune.distilling import check_device, check_distillation, distil_gated, distil_zero, forecast_gated
 from moeprune.errors import ConfigError, StaleArtifactError, StrategyError
 from moeprune.evaluation.cache import cache_folder
 from moeprune.evaluation.harness import preflight
@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from moeprune.evaluation.compare import EvalReport
     from moeprune.evaluation.skip_report import SkipReport
     from moeprune.healing.distillation import Recipe
+    from moeprune.healing.forecast import TrainingForecast
     from moeprune.rewrite.verify import Verification
     from moeprune.runtime.thresholds import Solved
     from moeprune.streaming.forecast import Forecast
@@ -58,7 +59,7 @@ class SkipResult:
         verification: of the folder against its source.
         heldout: what it costs on text, at the measured rate.
         report: accuracy per task.
-        forecast: of the pass that solves the thresholds.
+        forecast: of the pass that solves the thresholds; training: of the training after it.
     """
 
     output: Path
@@ -67,6 +68,7 @@ class SkipResult:
     heldout: SkipReport | None = None
     report: EvalReport | None = None
     forecast: Forecast | None = None
+    training: TrainingForecast | None = None
 
 
 def skip(
@@ -158,6 +160,7 @@ def skip(
     if job.policy.name in TRAINED and distill is None:
         raise ConfigError(f"policy {policy!r} has to be trained", "pass --distill")
     if distill is not None:
+        check_device(settings.device)
         check_distillation(checkpoint, job.policy, train, bake=bake, file_only=job.file_only, curve=bool(curve))
     _check_output(job, overwrite=overwrite)
     data = settings.load(checkpoint) if sources else None
@@ -166,7 +169,10 @@ def skip(
     if evaluation is not None:
         preflight(evaluation, checkpoint.path)
     if dry_run:
-        return SkipResult(output=target, forecast=job.forecast(data) if data is not None else None)
+        if data is None:
+            return SkipResult(output=target)
+        training = forecast_gated(checkpoint, settings, data, distill, train) if distill is not None else None
+        return SkipResult(output=target, forecast=job.forecast(data), training=training)
     if distill is not None and data is not None:
         write = {"max_shard_size": max_shard_size, "overwrite": overwrite}
         plan = _distilled(job, skip_rate, data, recipe=distill, train=train, **write)

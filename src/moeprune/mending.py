@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from moeprune._files import PathLike
@@ -94,6 +93,8 @@ def _check_options(method: str, options: Mapping[str, Any]) -> None:
     others = _OF_WHOLE_MODELS if method in BY_LAYER else _OF_LAYERS
     if method == CLOSED_FORM:
         others = others | _OF_GRADIENTS
+    if method == "lora":
+        others = others | {"train": "--train"}
     for name, option in others.items():
         if options.get(name) is not None:
             raise ConfigError(f"{option} does not go with --method {method}", "leave it out")
@@ -102,13 +103,10 @@ def _check_options(method: str, options: Mapping[str, Any]) -> None:
 def _distilled(method: str) -> Method:
     """A method that trains the whole model."""
 
-    def run(
-        base: PathLike, pruned: PathLike, output: PathLike, *, revision: str | None, dry_run: bool, **options: Any
-    ) -> HealResult:
-        for name, value in {"--revision": revision, "--dry-run": dry_run or None}.items():
-            if value is not None:
-                raise ConfigError(f"{name} does not go with --method {method}", f"take --method {LAYERWISE}")
+    def run(base: PathLike, pruned: PathLike, output: PathLike, **options: Any) -> HealResult:
         recipe, rest = _split(options, Recipe, shared={"seed", "batch_tokens"})
+        if isinstance(train := rest.get("train"), str):
+            rest["train"] = train.split(",")
         adapters, rest = _split(rest, Rank, shared=set())
         if adapters and method != "lora":
             raise ConfigError("--rank and --alpha are of adapters", "take --method lora")
@@ -123,8 +121,10 @@ def _distilled(method: str) -> Method:
             **rest,
         )
         found = made.distilled
+        if found is None:
+            return HealResult(output=made.output, method=method, forecast=made.forecast)
         return HealResult(
-            output=Path(made.output),
+            output=made.output,
             method=method,
             before=found.before,
             after=found.after,

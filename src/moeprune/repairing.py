@@ -14,17 +14,19 @@ from moeprune.checkpoint import Checkpoint, open_checkpoint
 from moeprune.collecting import limits_of, open_stream
 from moeprune.errors import ConfigError, nearest
 from moeprune.evaluation.agreement import batches
+from moeprune.healing.carried import carried
 from moeprune.healing.closed_form import ClosedFormHealing
 from moeprune.healing.distillation import Text
 from moeprune.healing.expertwise import ExpertwiseHealing, check_one_to_one
 from moeprune.healing.fitting import STEPS, Schedule
 from moeprune.healing.layerwise import COPIES, LEVELS, Healed, LayerwiseHealing, check_pair
 from moeprune.rewrite.changed import changing, check_plain, write_changed
-from moeprune.rewrite.drop import DEFAULT_SHARD_SIZE, PROVENANCE, check_output
+from moeprune.rewrite.drop import DEFAULT_SHARD_SIZE, check_output
 from moeprune.runtime.loading import needs_loading
 
 if TYPE_CHECKING:
     from moeprune.calibration import CalibrationSet
+    from moeprune.healing.forecast import TrainingForecast
     from moeprune.streaming.forecast import Forecast, Limits
     from moeprune.streaming.stream import LayerStream
 
@@ -36,7 +38,6 @@ METHODS: Mapping[str, type[LayerwiseHealing]] = {
     EXPERTS: ExpertwiseHealing,
 }
 STEP_TOKENS = 1024
-_CARRIED = ("plan.json", "statistics.safetensors")  # what was done to the model before it was healed, and why
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,7 +59,7 @@ class HealResult:
     after: float | None = None
     healed: bool = False
     record: Mapping[str, Any] = field(default_factory=dict)
-    forecast: Forecast | None = None
+    forecast: Forecast | TrainingForecast | None = None
 
 
 def heal_layerwise(
@@ -229,7 +230,7 @@ def _run(
             changes,
             output,
             records={"healing": record},
-            extra=_carried(job.start),
+            extra=carried(job.start),
             max_shard_size=max_shard_size,
             overwrite=overwrite,
         )
@@ -255,12 +256,6 @@ def _record(method: str, made: Healed, healed: bool) -> dict[str, Any]:
             for index, fitted in made.layers.items()
         },
     }
-
-
-def _carried(start: Checkpoint) -> dict[str, bytes]:
-    """What the given model's folder says of how it was made."""
-    files = [start.path / PROVENANCE / name for name in _CARRIED]
-    return {file.name: file.read_bytes() for file in files if file.is_file()}
 
 
 # --- memory -----------------------------------------------------------------------------------------------------------

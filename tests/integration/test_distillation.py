@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import moeprune
+from moeprune import cli
 from moeprune.calibration import CalibrationSet
 from moeprune.distilling import distil_checkpoint
 from moeprune.errors import ConfigError, EvaluationError, UnsupportedModelError
@@ -28,6 +29,7 @@ from moeprune.healing.distillation import (
     levels_of,
     trainable,
 )
+from moeprune.healing.forecast import training_forecast
 from moeprune.healing.lora import Adapters, Rank, projections
 
 CheckpointOf = Callable[..., Path]
@@ -360,6 +362,62 @@ def test_lora_heals_by_attention_alone(
     assert all(".self_attn." in name and "_proj" in name for name in names)
 
 
+# --- the command line -------------------------------------------------------------------------------------------------
+
+SHORT_RUN = ["--steps", "6", "--step-tokens", "128", "--schedule", "linear", "--temperature", "1.5"]
+
+
+@pytest.mark.parametrize(
+    ("words", "recorded"),
+    [
+        (["--method", "logits", "--train", "router,experts", "--lr", "0.003"], {"train": ["router", "experts"]}),
+        (["--method", "lora", "--rank", "4", "--alpha", "8", "--lr", "0.003"], {"r": 4, "alpha": 8}),
+    ],
+)
+def test_the_command_trains_a_whole_model(
+    dropped: Callable[[str], tuple[Path, Path]],
+    ids_file: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    words: list[str],
+    recorded: dict[str, Any],
+) -> None:
+    """A dry run forecasts the memory and writes nothing; the run records its options and takes over what it found."""
+    base, pruned = dropped("qwen3_moe")
+    out = tmp_path / "healed"
+    command = ["heal", str(base), str(pruned), "-o", str(out), "--calibration", str(ids_file), *words, *SHORT_RUN]
+    assert cli.run([*command, "--dry-run"]) == 0
+    assert "healing: about " in capsys.readouterr().out
+    assert not out.exists()
+    assert cli.run([*command, "--json", "-q"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["healed"]
+    assert found["held_out_kl"]["after"] < found["held_out_kl"]["before"]
+    record = json.loads((out / "moeprune" / "healing.json").read_text())
+    assert recorded.items() <= record["command"].items()
+    assert {"schedule": "linear", "temperature": 1.5, "steps": 6}.items() <= record["command"].items()
+    assert (out / "moeprune" / "plan.json").read_bytes() == (pruned / "moeprune" / "plan.json").read_bytes()
+    assert moeprune.verify(pruned, out).tensors == len(tensors_of(out))
+
+
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+def test_the_forecast_of_training_is_told_from_shapes(checkpoint_of: CheckpointOf, precision: str) -> None:
+    """Weights, gradients, moments and the best weights so far of what moves; the original as it is loaded."""
+    model = AutoModelForCausalLM.from_pretrained(checkpoint_of("qwen3_moe"), dtype=torch.bfloat16)
+    sizes = [value.numel() for value in trainable(model, ["experts"]).values()]
+    small, large = (
+        training_forecast(
+            model, model, sizes, [[1] * 8] * 40, Recipe(step_tokens=tokens, batch_tokens=tokens, precision=precision)
+        )
+        for tokens in (16, 64)
+    )
+    everything = sum(value.numel() for value in model.parameters())
+    assert (small.student, small.training) == (4 * everything, 16 * sum(sizes))
+    assert small.teacher == (4 if precision == "no" else 2) * everything
+    assert large.batch == 4 * small.batch
+    assert small.memory == sum(value for name, value in small.to_dict().items() if name != "memory")
+
+
 # --- what is refused --------------------------------------------------------------------------------------------------
 
 
@@ -376,6 +434,10 @@ def test_what_cannot_be_trained_is_refused_and_nothing_is_written(
         distil_checkpoint(base, base, out, train=["x"], calibration=str(ids_file))
     with pytest.raises(ConfigError, match="too few"):
         distil_checkpoint(base, base, out, calibration=str(few))
+    with pytest.raises(ConfigError, match="not trained on --device auto"):
+        distil_checkpoint(base, base, out, calibration=str(ids_file), device="auto")
+    with pytest.raises(ConfigError, match="--train does not go with --method lora"):
+        moeprune.heal(base, base, out, method="lora", train="router", calibration=str(ids_file))
     quantised = tmp_path / "quantised"
     quantised.mkdir()
     for file in base.iterdir():

@@ -57,6 +57,9 @@ def test_a_dry_run_forecasts_and_writes_nothing(tmp_path: Path, capsys: pytest.C
     shown = capsys.readouterr().out
     assert "would take" in shown
     assert "nothing was written" in shown
+    assert "training would take" not in shown
+    assert run(["skip", "-o", str(tmp_path / "out"), "--dry-run", "--distill"]) == 0
+    assert "training would take: about " in capsys.readouterr().out
     assert not [*tmp_path.iterdir()]
 
 

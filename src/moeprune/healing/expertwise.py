@@ -47,7 +47,8 @@ class Beside(Boundary):
         """In the place of the experts."""
         import torch
 
-        assert self.below is not None and self.mask_T is not None  # noqa: S101 - it stands, and was told
+        assert self.below is not None  # noqa: S101 - it stands before the experts
+        assert self.mask_T is not None  # noqa: S101 - and was told
         tokens, top_k = index_TK.shape
         inputs_RH, index_R1 = hidden_TH.repeat_interleave(top_k, dim=0), index_TK.reshape(-1, 1)
         ones_R1 = gates_TK.new_ones(index_R1.shape)

@@ -56,6 +56,12 @@ def projections(model: nn.Module) -> list[str]:
     return found
 
 
+def adapter_sizes(model: nn.Module, rank: Rank) -> list[int]:
+    """Elements of the adapters that a model would get, one for each projection."""
+    modules = dict(model.named_modules())
+    return [rank.r * sum(modules[name].weight.shape) for name in projections(model)]
+
+
 class Adapters:
     """Adapters inside a loaded model, which computes what it did until they are trained.
 
