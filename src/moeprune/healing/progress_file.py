@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from moeprune._files import read_artifact, to_json, write_atomic
 from moeprune.errors import ArtifactError
+from moeprune.rewrite.changed import safetensors_pieces
 
 if TYPE_CHECKING:
     import torch
@@ -49,15 +50,13 @@ def save_progress(folder: Path, progress: Progress, parameters: Mapping[str, nn.
         parameters: those that are trained, by name.
         optimizer: AdamW.
     """
-    from safetensors.torch import save
-
     tensors = {f"best.{name}": value for name, value in progress.best.items()}
     for name, parameter in parameters.items():
         tensors[f"now.{name}"] = parameter.detach()
         for part, value in optimizer.state.get(parameter, {}).items():
             tensors[f"{part}.{name}"] = value
     file = folder / f"training{progress.step}.safetensors"
-    write_atomic(file, save({name: value.cpu().contiguous() for name, value in tensors.items()}))
+    write_atomic(file, safetensors_pieces(tensors, {}))
     content = {
         "schema": SCHEMA,
         "step": progress.step,

@@ -97,12 +97,8 @@ class Changes:
             ArtifactError: nothing can be written there.
         """
         stored = {name: self._as_stored(name, value) for name, value in tensors.items()}
-        described = [
-            (name, self._checkpoint.tensors[name].dtype, tuple(value.shape), value.nbytes)
-            for name, value in stored.items()
-        ]
-        header = safetensors_header(described, {_RECORD: json.dumps(record or {}, sort_keys=True)})
-        write_atomic(self._file(layer), _pieces(header, stored.values()))
+        metadata = {_RECORD: json.dumps(record or {}, sort_keys=True)}
+        write_atomic(self._file(layer), safetensors_pieces(stored, metadata))
 
     def discard(self) -> None:
         """Forget all tensors: those of the source are written instead."""
@@ -128,12 +124,15 @@ class Changes:
         return value.detach().to("cpu", dtype).contiguous()
 
 
-def _pieces(header: bytes, tensors: Iterable[torch.Tensor]) -> Iterator[bytes]:
+def safetensors_pieces(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> Iterator[bytes]:
+    """A safetensors file piece by piece: its header, then one tensor after the other, of which none is copied twice."""
     import torch
 
-    yield header
-    for tensor in tensors:
-        yield tensor.reshape(-1).view(torch.uint8).numpy().data  # type: ignore[misc]
+    names = {dtype: name for name, dtype in torch_dtypes().items()}
+    described = ((name, names[value.dtype], tuple(value.shape), value.nbytes) for name, value in tensors.items())
+    yield safetensors_header(described, metadata)
+    for value in tensors.values():
+        yield value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data  # type: ignore[misc]
 
 
 @contextlib.contextmanager
