@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from skip_page import CONTROLS, PREFILLS, TRAINED, Page, quality_file, speed_file, variants_of
+from skip_page import CONTROLS, PREFILLS, RENORMS, TRAINED, Page, quality_file, speed_file, variants_of
 from strategies import MODELS, ROWS, Bench, _score
 
 from moeprune.experts import expert_layers
@@ -41,7 +41,7 @@ MODES: Mapping[str, tuple[int, int]] = {  # sequences, and tokens of each
     "decode, batch 1": (1, PROMPT + STEPS),
     "decode, batch 8": (8, PROMPT + STEPS),
 }
-DISTILLED = ["share", "predicted-norm", "zero-experts"]
+DISTILLED = ["share", "predicted-norm", "predicted-norm@1e-4", "zero-experts", "zeda"]  # [@LR][=LEVEL]
 LARGE, SMALL = "qwen3-30b-a3b shapes", "bundled"
 
 
@@ -365,14 +365,17 @@ def distilled(bench: Bench, work: Path, policy: str, rate: str) -> tuple[Any, Sk
     from moeprune.healing.distillation import Recipe
 
     folder = work / "distilled" / f"{policy}-{rate}"
+    rest, _, level = policy.partition("=")
+    name, _, lr = rest.partition("@")
     if not folder.is_dir():
         folder.parent.mkdir(parents=True, exist_ok=True)
         moeprune.skip(
             bench.folder,
             folder,
             skip_rate=float(rate),
-            policy=policy,
-            distill=Recipe(),
+            policy=name,
+            distill=Recipe(lr=float(lr)) if lr else Recipe(),
+            train=level or "all",
             calibration=str(BUNDLED / "calibration.jsonl"),
             num_samples=ROWS,
             dtype="float32",
@@ -443,6 +446,7 @@ def main() -> None:
     parser.add_argument("--implementation", help="of the experts: grouped_mm, batched_mm or eager")
     parser.add_argument("--models", nargs="+", default=list(MODELS), choices=list(MODELS))
     parser.add_argument("--policies", nargs="+", default=[name for name in BUILTIN if name not in CONTROLS])
+    parser.add_argument("--renorms", nargs="+", default=list(RENORMS), choices=RENORMS)
     parser.add_argument("--distilled", nargs="*", default=DISTILLED, help="of --quality: policies to train with, too")
     parser.add_argument("--limit", type=int, help="of --quality: first N questions of each task")
     options = parser.parse_args()

@@ -45,7 +45,10 @@ the weights of the slots that run are scaled to the sum of all; else they are le
 def variants_of(options: argparse.Namespace) -> list[tuple[str, str]]:
     """Every (policy, renormalisation) that is measured at a rate."""
     alone = [*(name + TRAINED for name in options.distilled), *CONTROLS]
-    return [*((name, renorm) for name in options.policies for renorm in RENORMS), *((name, "none") for name in alone)]
+    return [
+        *((name, renorm) for name in options.policies for renorm in options.renorms),
+        *((name, "none") for name in alone),
+    ]
 
 
 def speed_file(work: Path, device: str, model: str, dtype: str, mode: str, rate: str) -> Path:
