@@ -5,7 +5,7 @@
     python benchmarks/heal.py --work WORK --memory --layers 6 [--small]    # layers of Qwen3-30B-A3B's size
 
 Calibration text, held-out text and tasks share no passage. Each checkpoint is made in a process of its own, whose
-seconds and peak memory are measured from outside, then evaluated: tasks (one is written, six are four-way choices) and
+processor time and peak memory the system counts, then evaluated: tasks (one is written, six are four-way choices) and
 perplexity. Every cell is a JSON file in the work folder.
 
 A way is what is done to the model, then what is done to the result, joined by ``+``: ``drop``, ``auto``, ``fuse``,
@@ -116,7 +116,7 @@ VARIANTS = {"": _as_it_is, "no-norm": _without_norm, "no-logits": _without_logit
 
 
 def made(options: argparse.Namespace, model: str, ratio: str, way: str) -> tuple[Path, dict[str, float]]:
-    """The checkpoint of a cell, and the seconds and bytes that the last thing done to it took; of healings, of all."""
+    """The checkpoint of a cell, and the seconds and bytes that the last thing done to it took; of healings, all."""
     if way == "base":
         return MODELS[model], {"seconds": 0.0, "peak": 0.0}
     folder = options.work / model / _named(ratio, way)
@@ -127,11 +127,9 @@ def made(options: argparse.Namespace, model: str, ratio: str, way: str) -> tuple
         spent = cost["seconds"] if "+" in before else 0.0
         folder.parent.mkdir(parents=True, exist_ok=True)
         words = [sys.executable, __file__, "--make", model, ratio, way, str(start), str(folder)]
-        begun = time.perf_counter()
         subprocess.run([*words, "--threads", str(options.threads)], check=True, stdout=subprocess.DEVNULL)
-        seconds = spent + time.perf_counter() - begun
-        peak = json.loads((folder.parent / "peak.json").read_text())
-        file.write_text(json.dumps({"seconds": seconds, "peak": peak}))
+        took = json.loads((folder.parent / "took.json").read_text())
+        file.write_text(json.dumps({"seconds": spent + took["seconds"], "peak": took["peak"]}))
     cost = json.loads(file.read_text())
     return folder, cost
 
@@ -147,13 +145,13 @@ def measured(options: argparse.Namespace, model: str, ratio: str, way: str) -> d
     """Answers and losses of a cell."""
     name = _named(ratio, way)
     file = options.work / model / f"{name}.json"
+    folder, cost = made(options, model, ratio, way)
     if not file.is_file():
-        folder, cost = made(options, model, ratio, way)
-        found = {"cost": cost, "bytes": _bytes(folder)} | evaluate(folder, options.limit)
+        found = {"bytes": _bytes(folder)} | evaluate(folder, options.limit)
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(json.dumps(found))
         print(model, name, f"{cost['seconds']:.0f} s", flush=True)
-    cell: dict[str, Any] = json.loads(file.read_text())
+    cell: dict[str, Any] = json.loads(file.read_text()) | {"cost": cost}
     return cell
 
 
@@ -269,8 +267,8 @@ def page(options: argparse.Namespace) -> str:
         "- *ppl x*: held-out perplexity over the original's, with its 95 % interval over documents; *gap back*: how",
         "  much of what the same model loses without healing. It can be more than all, and a ratio below 1 is no",
         "  better model: healing is trained on text of the same kind.",
-        "- *seconds*, *peak*: of the process that makes the checkpoint with its imports; of what is healed, the",
-        f"  healing alone; {threads}.",
+        "- *seconds* (of processor time), *peak*: of the process that makes the checkpoint with its imports; of what is",
+        f"  healed, the healing alone; {threads}.",
         "",
     ]
     for part in options.parts:
@@ -349,8 +347,9 @@ def main() -> None:
     if options.make:
         model, ratio, way, source, out = options.make
         make(model, ratio, way, Path(source), Path(out))
-        peak = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        (Path(out).parent / "peak.json").write_text(json.dumps(peak))
+        own = resource.getrusage(resource.RUSAGE_SELF)
+        took = {"seconds": own.ru_utime + own.ru_stime, "peak": 1024 * own.ru_maxrss}
+        (Path(out).parent / "took.json").write_text(json.dumps(took))
         return
     if options.work is None:
         parser.error("--work is needed")
