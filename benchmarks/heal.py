@@ -267,8 +267,8 @@ def page(options: argparse.Namespace) -> str:
         "- *ppl x*: held-out perplexity over the original's, with its 95 % interval over documents; *gap back*: how",
         "  much of what the same model loses without healing. It can be more than all, and a ratio below 1 is no",
         "  better model: healing is trained on text of the same kind.",
-        "- *seconds* (of processor time), *peak*: of the process that makes the checkpoint with its imports; of what is",
-        f"  healed, the healing alone; {threads}.",
+        "- *seconds* (of processor time), *peak*: of the process that makes the checkpoint with its imports; of what",
+        f"  is healed, the healing alone; {threads}.",
         "",
     ]
     for part in options.parts:
