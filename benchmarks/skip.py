@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from skip_page import CONTROLS, PREFILLS, RENORMS, TRAINED, Page, quality_file, speed_file, variants_of
+from skip_page import CONTROLS, MIDDLE, PREFILLS, TRAINED, Page, quality_file, speed_file, variants_of
 from strategies import MODELS, ROWS, Bench, _score
 
 from moeprune.experts import expert_layers
@@ -271,7 +271,8 @@ def speed(options: argparse.Namespace) -> None:
     }
     for name in options.sizes:
         for dtype in options.dtypes:
-            jobs = [(mode, rate) for mode in MODES for rate in ("0", *options.rates)]
+            rates = [rate for rate in options.rates if rate == MIDDLE or dtype == options.dtypes[0]]
+            jobs = [(mode, rate) for mode in MODES for rate in ("0", *rates)]
             files = {job: speed_file(options.work, options.device, name, dtype, *job) for job in jobs}
             if all(file.is_file() for file in files.values()):
                 continue
@@ -312,7 +313,7 @@ def quality(options: argparse.Namespace) -> None:
     from moeprune.evaluation.harness import prepare
 
     for model in options.models:
-        jobs = [("none", "none", "0"), *((*one, rate) for rate in options.rates for one in variants_of(options))]
+        jobs = [("none", "none", "0"), *((*one, rate) for rate in options.rates for one in variants_of(options, rate))]
         files = {job: quality_file(options.work, model, *job) for job in jobs}
         if all(file.is_file() for file in files.values()):
             continue
@@ -446,7 +447,6 @@ def main() -> None:
     parser.add_argument("--implementation", help="of the experts: grouped_mm, batched_mm or eager")
     parser.add_argument("--models", nargs="+", default=list(MODELS), choices=list(MODELS))
     parser.add_argument("--policies", nargs="+", default=[name for name in BUILTIN if name not in CONTROLS])
-    parser.add_argument("--renorms", nargs="+", default=list(RENORMS), choices=RENORMS)
     parser.add_argument("--distilled", nargs="*", default=DISTILLED, help="of --quality: policies to train with, too")
     parser.add_argument("--limit", type=int, help="of --quality: first N questions of each task")
     options = parser.parse_args()

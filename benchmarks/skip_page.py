@@ -21,6 +21,7 @@ PREFILLS: Mapping[str, int] = {f"prefill, {length} tokens": length for length in
 CONTROLS = ("random", "oracle")
 RENORMS = ("none", "survivors")
 TRAINED = "+distilled"
+MIDDLE = "0.5"  # the rate that is looked at more closely
 _LIMIT_HINT = "`--limit` takes the first questions of each task."
 
 _HOW_SPEED = """All ways run in turn in one process, {rounds} rounds after one that warms up; ratios are to the same
@@ -42,13 +43,11 @@ every layer and batch as `share`: it needs every output, so it is a bound and no
 the weights of the slots that run are scaled to the sum of all; else they are left as they are."""
 
 
-def variants_of(options: argparse.Namespace) -> list[tuple[str, str]]:
-    """Every (policy, renormalisation) that is measured at a rate."""
-    alone = [*(name + TRAINED for name in options.distilled), *CONTROLS]
-    return [
-        *((name, renorm) for name in options.policies for renorm in options.renorms),
-        *((name, "none") for name in alone),
-    ]
+def variants_of(options: argparse.Namespace, rate: str) -> list[tuple[str, str]]:
+    """Every (policy, renormalisation) that is measured at a rate; training and renormalising only at the middle one."""
+    renorms, trained = (RENORMS, options.distilled) if rate == MIDDLE else (RENORMS[:1], [])
+    found = [(name, renorm) for name in options.policies for renorm in renorms]
+    return [*found, *((name, "none") for name in (*(one + TRAINED for one in trained), *CONTROLS))]
 
 
 def speed_file(work: Path, device: str, model: str, dtype: str, mode: str, rate: str) -> Path:
@@ -103,7 +102,7 @@ class Page:
 
     def __init__(self, work: Path, options: argparse.Namespace) -> None:
         self.work, self.policies, self.rates = work, options.policies, options.rates
-        self.variants = variants_of(options)
+        self.options = options
         self.base = {
             model: Cell(json.loads(file.read_bytes()))
             for model in options.models
@@ -160,7 +159,7 @@ class Page:
         """Perplexity of all policies without renormalisation, the best first."""
         yield "| policy | " + " | ".join(f"{model}: skipped %, ppl x" for model in self.base) + " |"
         yield "|---|" + "--:|" * len(self.base)
-        names = [name for name, renorm in self.variants if renorm == "none"]
+        names = [name for name, renorm in variants_of(self.options, rate) if renorm == "none"]
         found = {name: [self.cell(model, name, "none", rate) for model in self.base] for name in names}
         found = {name: cells for name, cells in found.items() if any(cells)}
         for name in sorted(found, key=lambda name: _mean_rise(found[name])):
@@ -171,7 +170,7 @@ class Page:
         """One model at one rate, with intervals."""
         yield "| policy | renormalised | skipped % | ppl x | KL | top-1 % | kept % | against renormalised |"
         yield "|---|---|--:|--:|--:|--:|--:|--:|"
-        for name, renorm in self.variants:
+        for name, renorm in variants_of(self.options, rate):
             one = self.cell(model, name, renorm, rate)
             if one is None:
                 continue
