@@ -41,7 +41,7 @@ MODES: Mapping[str, tuple[int, int]] = {  # sequences, and tokens of each
     "decode, batch 1": (1, PROMPT + STEPS),
     "decode, batch 8": (8, PROMPT + STEPS),
 }
-DISTILLED = ["share", "predicted-norm", "predicted-norm@1e-4", "zero-experts", "zeda"]  # [@LR][=LEVEL]
+DISTILLED = ["predicted-norm", "predicted-norm@1e-4", "zero-experts", "zeda"]  # NAME[@LR][=LEVEL]
 LARGE, SMALL = "qwen3-30b-a3b shapes", "bundled"
 
 

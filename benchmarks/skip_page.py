@@ -22,6 +22,7 @@ CONTROLS = ("random", "oracle")
 RENORMS = ("none", "survivors")
 TRAINED = "+distilled"
 MIDDLE = "0.5"  # the rate that is looked at more closely
+CHIEF = ("predicted-norm", "share", "static-k")
 _LIMIT_HINT = "`--limit` takes the first questions of each task."
 
 _HOW_SPEED = """All ways run in turn in one process, {rounds} rounds after one that warms up; ratios are to the same
@@ -44,10 +45,11 @@ the weights of the slots that run are scaled to the sum of all; else they are le
 
 
 def variants_of(options: argparse.Namespace, rate: str) -> list[tuple[str, str]]:
-    """Every (policy, renormalisation) that is measured at a rate; training and renormalising only at the middle one."""
-    renorms, trained = (RENORMS, options.distilled) if rate == MIDDLE else (RENORMS[:1], [])
-    found = [(name, renorm) for name in options.policies for renorm in renorms]
-    return [*found, *((name, "none") for name in (*(one + TRAINED for one in trained), *CONTROLS))]
+    """Every (policy, renormalisation) that is measured at a rate; at others than the middle one the chief ones."""
+    if rate != MIDDLE:
+        return [(name, "none") for name in (*CHIEF, *CONTROLS)]
+    found = [(name, renorm) for name in options.policies for renorm in RENORMS]
+    return [*found, *((name, "none") for name in (*(one + TRAINED for one in options.distilled), *CONTROLS))]
 
 
 def speed_file(work: Path, device: str, model: str, dtype: str, mode: str, rate: str) -> Path:
