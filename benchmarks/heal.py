@@ -236,7 +236,8 @@ TITLES = {
 }
 NOTES = {
     "time": "`heal@N` takes N steps in each layer, `heal` 400; of a chain the seconds of both healings are added up.",
-    "sparse": "`sparse` sets half of each row's weights to zero, `neurons` removes half of the neurons; MB are those of the files, in which zeros are stored.",
+    "sparse": "`sparse` sets half of each row's weights to zero, `neurons` removes half of the neurons; MB are those "
+    "of the files, in which zeros are stored.",
     "fit": "`=LEVEL` says what is trained; `no-norm` measures errors of the states themselves, `no-logits` fits the "
     "last layer like the others.",
 }
