@@ -22,7 +22,7 @@ CONTROLS = ("random", "oracle")
 RENORMS = ("none", "survivors")
 TRAINED = "+distilled"
 MIDDLE = "0.5"  # the rate that is looked at more closely
-CHIEF = ("predicted-norm", "share", "static-k")
+CHIEF = ("predicted-norm", "share")
 _LIMIT_HINT = "`--limit` takes the first questions of each task."
 
 _HOW_SPEED = """All ways run in turn in one process, {rounds} rounds after one that warms up; ratios are to the same
@@ -32,7 +32,11 @@ went into the experts' kernels over all rows. The thresholds are solved on the t
 rate is the one that was asked for, but for decoding, which is solved in one pass over the same tokens. Both peers
 skip the very slots that the share gate skips: *weights set to zero* is what a model's code can do without another
 kernel, and saves nothing; *sentinel* names an expert that is not there, as transformers does when experts are spread
-over devices."""
+over devices.
+
+Half of the rows is not half of the time where an expert has few rows, since its weights are read all the same: of 128
+experts with top-8 each has 32 rows in a prefill of 512 tokens and 128 in one of 2048. In decoding what counts is how
+many experts are not read at all. The gate of `predicted-norm` takes one more product of the size of the router's."""
 
 _HOW_QUALITY = """Thresholds solved layer by layer on {rows} rows of the calibration text; measured on held-out text
 and tasks that share no passage with it, in float32. *Skipped*: share of slots on the held-out text, and the range
