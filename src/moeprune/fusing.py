@@ -26,7 +26,8 @@ from moeprune.plans import Budget
 from moeprune.plans_fuse import FITTED, FusePlan
 from moeprune.rewrite.changed import check_plain
 from moeprune.rewrite.drop import DEFAULT_SHARD_SIZE, PROVENANCE, check_output
-from moeprune.rewrite.fuse import Calibration, apply_fuse, fit_bytes, open_weights
+from moeprune.rewrite.fuse import Calibration, apply_fuse, open_weights
+from moeprune.rewrite.fuse_fit import fit_bytes
 from moeprune.rewrite.verify_fuse import verify_fuse
 from moeprune.runtime.masking import chosen_by_some
 from moeprune.statistics import RouterStatistics
@@ -355,4 +356,6 @@ def _fitted(job: _Job, plan: FusePlan) -> Iterator[Calibration | None]:
 
 def _fit_bytes(weights: Weights, plan: FusePlan) -> int:
     hidden = int(weights.model.config.get_text_config().hidden_size)
-    return max(fit_bytes(layer, hidden, weights.expert_width(index)) for index, layer in plan.layers.items())
+    return max(
+        fit_bytes(len(layer.merged), hidden, weights.expert_width(index)) for index, layer in plan.layers.items()
+    )
