@@ -128,7 +128,7 @@ def test_each_layer_is_grouped_behind_the_fused_ones(
     assert abs(slow.gated_norm_sum - original).max() > 1e-3 * original.max()
 
 
-@pytest.mark.parametrize("grouping", ["ream", "hope-total", "hc-smoe", "easy-ep", "aimer"])
+@pytest.mark.parametrize("grouping", ["ream", "hope-total", "hc-smoe", "m-smoe", "easy-ep", "aimer"])
 def test_the_first_layer_is_grouped_as_ever(
     grouping: str, checkpoint_of: CheckpointOf, ids_file: Path, tmp_path: Path
 ) -> None:
@@ -144,7 +144,10 @@ def test_the_first_layer_is_grouped_as_ever(
     shares, others = ([group.weights for group in one.layers[first].groups] for one in (plan, at_once))
     assert [pytest.approx(share, rel=1e-4) for share in others] == shares
     assert plan.strategy == at_once.strategy
-    assert plan.strategy["protected"]
+    named = {(int(layer), expert) for layer, who in plan.strategy["protected"].items() for expert in who}
+    single = {(index, one.dominant) for index, layer in plan.layers.items() for one in layer.groups if not one.merged}
+    assert named
+    assert named <= single
     assert plan.command == at_once.command | {"sequential": True}
     assert plan.inputs == at_once.inputs
 
