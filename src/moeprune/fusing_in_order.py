@@ -106,7 +106,7 @@ def expected_in_order(job: InOrder) -> Forecast:
     """
     _, expected, _ = _arranged(job)
     check_free_space(job.output, expected.disk, kind="changes")
-    return expected
+    return dataclasses.replace(expected, read=expected.read * (2 if job.wanted.guard else 1))  # it runs the original
 
 
 def fuse_in_order(job: InOrder, *, max_shard_size: int = DEFAULT_SHARD_SIZE, overwrite: bool = False) -> FusePlan:

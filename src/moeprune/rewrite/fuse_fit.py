@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 
 
 def fit_bytes(merged: int, hidden: int, inner: int) -> int:
-    """Bytes of the sums that the fits of so many merged experts add up."""
-    return 8 * merged * (inner * inner + 3 * hidden * inner)
+    """Bytes of so many merged experts while they are fitted: their matrices, the fits' sums, and what these give."""
+    return 8 * merged * (inner * inner + 5 * hidden * inner)
 
 
 class Fitting:
