@@ -131,7 +131,7 @@ def fuse_in_order(job: InOrder, *, max_shard_size: int = DEFAULT_SHARD_SIZE, ove
         with changing(
             checkpoint,
             job.output,
-            job=(sorted(draft.command.items()), draft.inputs, job.settings.canonical(), job.settings.device),
+            job=(sorted(draft.command.items()), draft.inputs, job.settings.measured, job.settings.device),
             overwrite=overwrite,
             nbytes=arranged[1].disk,
         ) as changes:
@@ -195,7 +195,9 @@ def _draft(
 ) -> FusePlan:
     calibration = job.data.fingerprint
     plan = drafted(job.checkpoint, job.wanted, layers or {}, calibration=calibration, alone=alone, notes=notes)
-    return dataclasses.replace(plan, inputs={**plan.inputs, "fit": calibration}) if job.fits else plan
+    run = dataclasses.replace(job.settings, statistics=()).canonical()  # which no statistics file records
+    fitted = {"fit": calibration} if job.fits else {}
+    return dataclasses.replace(plan, command={**run, **plan.command}, inputs={**plan.inputs, **fitted})
 
 
 def _plan(job: InOrder, alone: Mapping[int, frozenset[int]], changes: Changes) -> FusePlan:
