@@ -3,7 +3,8 @@
     python benchmarks/fuse.py --work /tmp/fuse -o docs/benchmarks/fuse.md
 
 Calibration and held-out text share no passage. Each checkpoint is written, loaded and thrown away; what was measured is
-kept in the work folder, so that an interrupted run goes on where it stopped.
+kept in the work folder, so that an interrupted run goes on where it stopped. `--only sequential` measures the rows that
+are fused layer by layer, and beside each the one that differs from it in that alone.
 """
 
 from __future__ import annotations
@@ -28,24 +29,34 @@ MODELS = {
 }
 CALIBRATION, HELDOUT = str(BUNDLED / "calibration.jsonl"), BUNDLED / "heldout.jsonl"
 DEFAULT = ("hope-total", "absorb", "keep-dominant")
-Row = tuple[str, str, str, str]  # ratio, grouping, merge, router; a drop has only a strategy
+AT_ONCE, IN_ORDER = "", "sequential"
+Row = tuple[str, str, str, str, str]  # ratio, grouping, merge, router, order; a drop has only a strategy
 
 
 def rows() -> Iterator[Row]:
-    """What is measured: dropping, the default, and one choice at a time in its place."""
+    """What is measured, some of it twice: dropping, the default, and one choice at a time in its place."""
     grouping, merge, router = DEFAULT
     for ratio in ("0.25", "0.5"):
-        yield (ratio, grouping, "", "")
-        yield (ratio, grouping, merge, router)
-        yield (ratio, grouping, merge, "tied")
+        yield (ratio, grouping, "", "", AT_ONCE)
+        yield (ratio, grouping, merge, router, AT_ONCE)
+        yield (ratio, grouping, merge, "tied", AT_ONCE)
     for other in ("gated-norm", *GROUPINGS):
-        yield ("0.5", other, merge, router)
+        yield ("0.5", other, merge, router, AT_ONCE)
     for other in ("least-squares", "frequency", "mean", "slerp", "svd"):
-        yield ("0.5", grouping, other, router)
-    yield ("0.5", grouping, "frequency", "merge-rows")
-    yield ("0.5", grouping, "frequency", "tied")
-    yield ("0.5", "m-smoe", "frequency", router)
-    yield ("0.5", "hc-smoe", "frequency", "tied")
+        yield ("0.5", grouping, other, router, AT_ONCE)
+    yield ("0.5", grouping, "frequency", "merge-rows", AT_ONCE)
+    yield ("0.5", grouping, "frequency", "tied", AT_ONCE)
+    yield ("0.5", "m-smoe", "frequency", router, AT_ONCE)
+    yield ("0.5", "hc-smoe", "frequency", "tied", AT_ONCE)
+    for pair in sequential_rows():
+        yield from pair
+
+
+def sequential_rows() -> Iterator[tuple[Row, Row]]:
+    """Pairs that differ in the order alone: the default, and REAM's groups absorbed or, as published, averaged."""
+    for ratio in ("0.5", "0.25"):
+        for how in (DEFAULT, ("ream", "absorb", "keep-dominant"), ("ream", "frequency", "keep-dominant")):
+            yield (ratio, *how, AT_ONCE), (ratio, *how, IN_ORDER)
 
 
 class Bench:
@@ -83,16 +94,18 @@ class Bench:
 
     def write(self, row: Row, out: Path) -> None:
         """Write the checkpoint of a row."""
-        ratio, grouping, merge, router = row
+        ratio, grouping, merge, router, order = row
         if not merge:
             plan = moeprune.plan(self.statistics, self.folder, ratio=ratio, strategy=grouping)
             moeprune.apply(self.folder, plan, out, overwrite=True)
             return
         choice: dict[str, Any] = {"grouping": grouping, "merge": merge, "router": router}
-        data = CALIBRATION if merge in {"absorb", "least-squares"} else ()
-        moeprune.fuse(
-            self.folder, out, ratio=ratio, statistics=self.statistics, calibration=data, overwrite=True, **choice
-        )
+        if order == IN_ORDER:
+            choice |= {"sequential": True, "calibration": CALIBRATION}
+        else:
+            data = CALIBRATION if merge in {"absorb", "least-squares"} else ()
+            choice |= {"statistics": self.statistics, "calibration": data}
+        moeprune.fuse(self.folder, out, ratio=ratio, overwrite=True, **choice)
 
 
 def page(benches: dict[str, Bench], wanted: Sequence[Row]) -> str:
@@ -104,19 +117,20 @@ def page(benches: dict[str, Bench], wanted: Sequence[Row]) -> str:
         "    python benchmarks/fuse.py --work /tmp/fuse -o docs/benchmarks/fuse.md",
         "",
         f"Held-out perplexity over the original's ({bases}) with its 95 % interval over documents, and the seconds",
-        "from statistics to a verified checkpoint. Every row of a ratio has the same number of experts; `tied` also",
-        "keeps the routers' rows. One calibration, nothing trained: a direction, not a verdict.",
+        "from statistics to a verified checkpoint; a sequential one also collects them. Every row of a ratio has the",
+        "same number of experts; `tied` also keeps the routers' rows. One calibration, nothing trained: a direction,",
+        "not a verdict.",
         "",
-        f"| removed | grouping | merge | router | {' | '.join(benches)} | seconds |",
-        f"|---|---|---|---|{'---|' * (len(benches) + 1)}",
+        f"| removed | grouping | merge | router | layers | {' | '.join(benches)} | seconds |",
+        f"|---|---|---|---|---|{'---|' * (len(benches) + 1)}",
     ]
     for row in wanted:
-        ratio, grouping, merge, router = row
+        ratio, grouping, merge, router, order = row
         found = [bench.measured(row) for bench in benches.values()]
         cells = [f"{one['ratio']:.3f} ({one['interval'][0]:.3f}..{one['interval'][1]:.3f})" for one in found]
         took = " / ".join(f"{one['seconds']:.1f}" for one in found)
         words = f"{ratio} | {grouping} | {merge or 'none: dropped'} | {router or 'of those that stay'}"
-        lines.append(f"| {words} | {' | '.join(cells)} | {took} |")
+        lines.append(f"| {words} | {order or 'at once'} | {' | '.join(cells)} | {took} |")
     return "\n".join([*lines, ""])
 
 
@@ -125,10 +139,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--models", default=",".join(MODELS))
+    parser.add_argument("--only", choices=[IN_ORDER], help="these rows, each beside the one at once")
     parser.add_argument("-o", "--output", type=Path)
     given = parser.parse_args()
     benches = {name: Bench(name, given.work) for name in given.models.split(",")}
-    text = page(benches, list(rows()))
+    wanted = [row for pair in sequential_rows() for row in pair] if given.only else list(dict.fromkeys(rows()))
+    text = page(benches, wanted)
     if given.output:
         given.output.write_text(text, encoding="utf-8")
     print(text)

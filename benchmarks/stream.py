@@ -108,23 +108,27 @@ def write_ids(folder: Path, samples: int, length: int) -> Path:
 
 
 def run_way(options: argparse.Namespace) -> None:
-    """Collect once, and print seconds and memory as JSON."""
+    """Collect once, or fuse layer by layer, and print seconds and memory as JSON."""
     import accelerate
     import datasets
     import torch
     import transformers.models.qwen3_moe.modeling_qwen3_moe as qwen3_moe
 
-    from moeprune import collect
+    from moeprune import collect, fuse
     from moeprune.collectors import resident, stream
     from moeprune.pipeline import forecast
 
     assert all((accelerate, datasets, qwen3_moe, resident, stream))  # imported before the idle process is weighed
     torch.set_num_threads(options.threads)
     given: dict[str, Any] = {"calibration": str(options.ids), "batch_tokens": options.batch_tokens, "device": "cpu"}
-    expected = None
-    if options.way == "stream":
+    expected, work = None, collect
+    if options.way in {"stream", "fuse"}:
         given |= {"stream": True, "memory": options.memory}
-        predicted = forecast(options.model, options.output, overwrite=True, **given)
+        if options.way == "fuse":
+            work, given = fuse, {"ratio": 0.5, "sequential": True} | given
+            predicted = fuse(options.model, options.output, overwrite=True, dry_run=True, **given).forecast
+        else:
+            predicted = forecast(options.model, options.output, overwrite=True, **given)
         expected = predicted.to_dict() if predicted else None
         limit = status("VmSize") + options.memory
         resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
@@ -132,7 +136,7 @@ def run_way(options: argparse.Namespace) -> None:
         given |= {"stream": False}
     idle, begun = status("RssAnon"), time.perf_counter()
     with watched_peak() as peak:
-        collect(options.model, options.output, overwrite=True, **given)
+        work(options.model, options.output, overwrite=True, **given)
     seconds = time.perf_counter() - begun
     print(json.dumps({"seconds": seconds, "peak": peak[0] - idle, "forecast": expected}), flush=True)
 

@@ -15,6 +15,9 @@ if TYPE_CHECKING:
     from moeprune.fusing import FuseResult
     from moeprune.plans_fuse import FusePlan
 
+_SEQUENTIAL = typer.Option(
+    "--sequential", help="Group and merge every layer on what the fused ones before it give, as REAM does."
+)
 _NO_GUARD = typer.Option("--no-guard", help="Let super experts be merged.")
 
 
@@ -34,6 +37,7 @@ def fuse(
     merge: opt.MergeName = None,
     align: opt.Align = None,
     router: opt.RouterMode = None,
+    sequential: Annotated[bool, _SEQUENTIAL] = False,
     calibration: opt.Calibration = [],  # noqa: B006 - typer copies it
     statistics_file: Annotated[
         Path | None,
@@ -87,6 +91,7 @@ def fuse(
         "merge": merge,
         "align": align,
         "router": router,
+        "sequential": sequential or None,
         "weights": opt.weights_of(weights),
         "guard": False if no_guard else None,
         "mtp": None if mtp == "cut" else mtp,
@@ -175,6 +180,7 @@ def render_fusion(plan: FusePlan) -> str:
     layers = f"{len(plan.layers)} layer{'s' * (len(plan.layers) != 1)}"
     name = plan.strategy.get("name", "by hand")
     how = f"{plan.merge}{', aligned' if plan.align else ''}, router {plan.router}"
+    how += ", each layer on what the fused ones before it give" if plan.command.get("sequential") else ""
     lines = [
         f"{name}: merge {plan.budget.get('of')} experts into {plan.kept} in {layers}",
         f"merged by: {how}",

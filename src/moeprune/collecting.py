@@ -257,6 +257,13 @@ def limits_of(settings: CalibrationOptions, device: torch.device) -> Limits:
     )
 
 
+def leaving(limits: Limits, beside: int) -> tuple[Limits, int]:
+    """Limits for what runs beside so many bytes in the same memory, and how many of these are in main memory."""
+    if limits.device is None:
+        return limits, beside
+    return dataclasses.replace(limits, device=max(0, limits.device - beside)), 0
+
+
 def _all_devices(of_one: int) -> int:
     import torch
 
@@ -364,9 +371,23 @@ def open_stream(checkpoint: Checkpoint, settings: CalibrationOptions) -> LayerSt
 
 
 def arrange(
-    stream: LayerStream, settings: CalibrationOptions, data: CalibrationSet, batches: Sequence[Batch], *, kept: bool
+    stream: LayerStream,
+    settings: CalibrationOptions,
+    data: CalibrationSet,
+    batches: Sequence[Batch],
+    *,
+    kept: bool,
+    beside: int = 0,
 ) -> Forecast:
     """Forecast a collection, and have the stream hold as many experts at a time as there is room for.
+
+    Args:
+        stream: the checkpoint.
+        settings: how it runs, and what is measured.
+        data: the calibration data.
+        batches: as they run.
+        kept: whether the states are saved after layers.
+        beside: bytes that are needed beside the layer that runs, where it runs.
 
     Raises:
         ConfigError: it cannot fit.
@@ -375,13 +396,15 @@ def arrange(
 
     checkpoint, observed = stream.weights.checkpoint, settings.observed(stream.weights.checkpoint)
     request = _request(settings, data)
+    limits, sums = leaving(limits_of(settings, stream.device), beside)
+    sums += _sums_bytes(stream, request, len(_domains(data)), len(observed)) + _more_bytes(stream, request, batches)
     load = Load(
         shapes=[(len(batch.sequences), max(map(len, batch.sequences))) for batch in batches],
         last=request.last_layer(observed, checkpoint.moe_layers),
-        sums=_sums_bytes(stream, request, len(_domains(data)), len(observed)) + _more_bytes(stream, request, batches),
+        sums=sums,
         durable=kept,
     )
-    expected = forecast(stream.weights, load, limits_of(settings, stream.device))
+    expected = forecast(stream.weights, load, limits)
     stream.chunk = expected.chunk
     return expected
 

@@ -13,12 +13,13 @@ from moeprune._files import PathLike, begin_work, check_free_space, check_output
 from moeprune._options import CalibrationOptions, budget_of, by_stage, check_margin, eval_settings, several
 from moeprune.calibration import CalibrationSet
 from moeprune.checkpoint import Checkpoint, open_checkpoint
-from moeprune.collecting import collected, device_for, expected_of, limits_of, open_stream, spill_folder
+from moeprune.collecting import collected, device_for, expected_of, leaving, limits_of, open_stream, spill_folder
 from moeprune.collectors.distributed import refuse_many
 from moeprune.errors import ConfigError
 from moeprune.evaluation.cache import cache_folder
 from moeprune.evaluation.harness import preflight
 from moeprune.evaluation.settings import EvalSettings
+from moeprune.fusing_in_order import InOrder, check_in_order, expected_in_order, fuse_in_order
 from moeprune.oneshot import bundled, check_evaluated
 from moeprune.pipeline import default_output, evaluate_checkpoints
 from moeprune.planner_fuse import Fusion, check_fusion, derive_fusion, make_fuse_plan
@@ -26,7 +27,8 @@ from moeprune.plans import Budget
 from moeprune.plans_fuse import FITTED, FusePlan
 from moeprune.rewrite.changed import check_plain
 from moeprune.rewrite.drop import DEFAULT_SHARD_SIZE, PROVENANCE, check_output
-from moeprune.rewrite.fuse import Calibration, apply_fuse, fit_bytes, open_weights
+from moeprune.rewrite.fuse import Calibration, apply_fuse, open_weights
+from moeprune.rewrite.fuse_fit import fit_bytes
 from moeprune.rewrite.verify_fuse import verify_fuse
 from moeprune.runtime.masking import chosen_by_some
 from moeprune.statistics import RouterStatistics
@@ -148,7 +150,8 @@ def fuse(
         dry_run: check everything and run nothing.
         cache: folder where the results of ``model`` on the tasks are kept, by default the user's own; False is none.
         options: other fields of :class:`moeprune._options.CalibrationOptions`,
-            :class:`moeprune.planner_fuse.Fusion` and :class:`moeprune.evaluation.settings.EvalSettings`.
+            :class:`moeprune.planner_fuse.Fusion` and :class:`moeprune.evaluation.settings.EvalSettings`. With
+            ``sequential`` every layer is grouped and merged on what the fused layers before it give.
 
     Raises:
         MoePruneError: anything that the stages refuse.
@@ -171,6 +174,7 @@ def fuse(
     if calibration and job.data is None:
         raise ConfigError("--calibration is given, and nothing runs the model", "leave it out")
     _check_target(job, overwrite=overwrite, plan_only=plan_only)
+    in_order = _in_order(job)
     weights = open_weights(
         job.checkpoint, device_for(job.settings.device), trust_remote_code=job.settings.trust_remote_code
     )
@@ -181,17 +185,16 @@ def fuse(
             kept=job.kept,
             of=job.checkpoint.num_experts,
             plan=job.plan,
-            forecast=_collection(job),
+            forecast=_collection(job) if in_order is None else expected_in_order(in_order),
         )
-    with _planned(job) as (made, extra):
-        result = FuseResult(output=job.output, kept=made.kept, of=job.checkpoint.num_experts, plan=made)
-        if plan_only:
-            begin_work()
-            made.save(job.output)
-            return result
-        writing: dict[str, Any] = {"max_shard_size": max_shard_size, "overwrite": overwrite, "extra": extra}
-        with _fitted(job, made) as fit:
-            apply_fuse(job.checkpoint, made, job.output, weights=weights, calibration=fit, **writing)
+    writing: dict[str, Any] = {"max_shard_size": max_shard_size, "overwrite": overwrite}
+    if in_order is not None:
+        made = fuse_in_order(in_order, **writing)
+    else:
+        made = _fuse_at_once(job, weights, writing, plan_only=plan_only)
+    result = FuseResult(output=job.output, kept=made.kept, of=job.checkpoint.num_experts, plan=made)
+    if plan_only:
+        return result
     result = dataclasses.replace(result, verification=verify_fuse(job.checkpoint, job.output))
     if evaluation is None:
         return result
@@ -256,10 +259,13 @@ def _opened(
     made = None
     if plan is not None:
         made = derive_fusion(checkpoint, plan if isinstance(plan, FusePlan) else FusePlan.load(plan))
+        _check_fit_again(made)
         wanted, kept, merge = None, made.kept, made.merge
     else:
         wanted = Fusion(budget=amount, **decided)
         kept, merge = check_fusion(checkpoint, wanted), wanted.merge
+        if wanted.sequential and (statistics is not None or plan_only):
+            raise _only_in_order("--plan-only" if plan_only else "--statistics-file")
     needs = find_grouping(wanted.grouping).needs if wanted and statistics is None else ()
     stats = statistics if isinstance(statistics, RouterStatistics | None) else RouterStatistics.load(statistics)
     settings = CalibrationOptions(sources=sources, **calibrated)
@@ -283,6 +289,30 @@ def _opened(
     )
 
 
+def _only_in_order(option: str) -> ConfigError:
+    what = "writes its plan with the checkpoint" if option == "--plan-only" else "collects the statistics of each layer"
+    return ConfigError(f"--sequential {what}, as the layers before it are fused", f"leave {option} out")
+
+
+def _check_fit_again(plan: FusePlan) -> None:
+    """Refuse to fit to the original's activations what a plan says was fitted to those of fused layers."""
+    if plan.command.get("sequential") and plan.merge in FITTED:
+        raise ConfigError(
+            f"the plan is of a sequential run, whose {plan.merge} was fitted to what fused layers gave",
+            "run `moeprune fuse MODEL --sequential` again with its options",
+        )
+
+
+def _in_order(job: _Job) -> InOrder | None:
+    """The job layer by layer, where that is asked for."""
+    if job.wanted is None or not job.wanted.sequential or job.data is None:
+        return None
+    check_in_order(job.settings)
+    return InOrder(
+        checkpoint=job.checkpoint, wanted=job.wanted, settings=job.settings, data=job.data, output=job.output
+    )
+
+
 def _check_target(job: _Job, *, overwrite: bool, plan_only: bool) -> None:
     if plan_only:
         check_output_file(job.output, overwrite=overwrite)
@@ -299,6 +329,18 @@ def _preflight(job: _Job, names: tuple[str, ...], options: Mapping[str, Any]) ->
 
 
 # --- what runs --------------------------------------------------------------------------------------------------------
+
+
+def _fuse_at_once(job: _Job, weights: Weights, writing: Mapping[str, Any], *, plan_only: bool) -> FusePlan:
+    """Decide all layers by statistics of the original, then merge them; or write the plan."""
+    with _planned(job) as (made, extra):
+        if plan_only:
+            begin_work()
+            made.save(job.output)
+            return made
+        with _fitted(job, made) as fit:
+            apply_fuse(job.checkpoint, made, job.output, weights=weights, calibration=fit, extra=extra, **writing)
+    return made
 
 
 @contextlib.contextmanager
@@ -336,10 +378,7 @@ def _fitted(job: _Job, plan: FusePlan) -> Iterator[Calibration | None]:
     stream = open_stream(job.checkpoint, job.settings)
     batches = job.data.batches(job.settings.batch_tokens)
     inputs = [padded(batch.sequences) for batch in batches]
-    sums = _fit_bytes(stream.weights, plan)
-    limits = limits_of(job.settings, stream.device)
-    if limits.device is not None:
-        limits, sums = dataclasses.replace(limits, device=max(0, limits.device - sums)), 0
+    limits, sums = leaving(limits_of(job.settings, stream.device), _fit_bytes(stream.weights, plan))
     load = Load(shapes=[tuple(one["input_ids"].shape) for one in inputs], last=max(plan.layers), sums=sums)
     expected = forecast(stream.weights, load, limits)
     if expected.chunked:
@@ -355,4 +394,6 @@ def _fitted(job: _Job, plan: FusePlan) -> Iterator[Calibration | None]:
 
 def _fit_bytes(weights: Weights, plan: FusePlan) -> int:
     hidden = int(weights.model.config.get_text_config().hidden_size)
-    return max(fit_bytes(layer, hidden, weights.expert_width(index)) for index, layer in plan.layers.items())
+    return max(
+        fit_bytes(len(layer.merged), hidden, weights.expert_width(index)) for index, layer in plan.layers.items()
+    )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +14,7 @@ from moeprune.planner import check_statistics, coverage_warnings, derive
 from moeprune.plans import Budget, MtpPolicy
 from moeprune.plans_fuse import ABSORB, MERGES, ROUTERS, TIED, FuseLayer, FusePlan
 from moeprune.rewrite.fuse import check_fuse
-from moeprune.statistics import RouterStatistics, domain_weights
+from moeprune.statistics import LayerStatistics, RouterStatistics, domain_weights
 from moeprune.strategies.fusion import find_grouping, group_experts
 from moeprune.strategies.guards import super_experts
 
@@ -35,6 +35,8 @@ class Fusion:
         guard: leave super experts alone.
         mtp: ``cut`` MTP layers to the experts that are dominant in the last decoder layer, or ``drop`` them, as a tied
             router does.
+        sequential: whether every layer is grouped, and fitted, on what the fused layers before it give, as REAM does
+            (arXiv:2604.04356); else all are on the original's own activations.
     """
 
     budget: Budget
@@ -45,6 +47,7 @@ class Fusion:
     weights: Mapping[str, float] | None = None
     guard: bool = True
     mtp: MtpPolicy = "cut"
+    sequential: bool = False
 
     @property
     def aligned(self) -> bool:
@@ -86,26 +89,73 @@ def make_fuse_plan(checkpoint: Checkpoint, statistics: RouterStatistics, wanted:
         ConfigError: an option cannot work.
         PlanError: more super experts are left alone than there are groups.
     """
+    if wanted.sequential:
+        raise ConfigError(
+            "a sequential plan is made while the layers before are fused, not from statistics of the original",
+            "run `moeprune fuse MODEL --sequential --calibration data.jsonl`",
+        )
     check_statistics(checkpoint, statistics)
-    kept, grouping = check_fusion(checkpoint, wanted), find_grouping(wanted.grouping)
+    check_fusion(checkpoint, wanted)
     domain_weights(statistics.domains, wanted.weights)
     alone = super_experts(statistics) if wanted.guard else {}
-    layers = {}
-    for index in checkpoint.moe_layers:
-        try:
-            groups = group_experts(
-                grouping,
-                statistics.layer(index, wanted.weights),
-                kept,
-                n_group=checkpoint.n_group,
-                alone=alone.get(index, frozenset()),
-                equal=wanted.merge == "mean",
-            )
-        except PlanError as error:
-            raise PlanError(f"layer {index}: {error.message}", error.hint) from error
-        layers[index] = FuseLayer(groups=groups)
+    layers = {
+        index: group_layer(checkpoint, statistics.layer(index, wanted.weights), wanted, alone.get(index, frozenset()))
+        for index in checkpoint.moe_layers
+    }
     calibration = statistics.inputs.get("calibration")
-    plan = FusePlan(
+    plan = drafted(
+        checkpoint, wanted, layers, calibration=calibration, alone=alone, notes=coverage_warnings(statistics)
+    )
+    return derive_fusion(checkpoint, plan)
+
+
+def group_layer(checkpoint: Checkpoint, stats: LayerStatistics, wanted: Fusion, alone: Set[int]) -> FuseLayer:
+    """Decide which experts of one layer become one.
+
+    Args:
+        checkpoint: the model.
+        stats: of the layer.
+        wanted: budget, grouping and the rest.
+        alone: its experts that are merged with no other.
+
+    Raises:
+        StrategyError: the statistics lack what the grouping needs.
+        PlanError: more experts are left alone than there are groups.
+    """
+    try:
+        groups = group_experts(
+            find_grouping(wanted.grouping),
+            stats,
+            wanted.budget.kept(checkpoint.router),
+            n_group=checkpoint.n_group,
+            alone=alone,
+            equal=wanted.merge == "mean",
+        )
+    except PlanError as error:
+        raise PlanError(f"layer {stats.layer}: {error.message}", error.hint) from error
+    return FuseLayer(groups=groups)
+
+
+def drafted(
+    checkpoint: Checkpoint,
+    wanted: Fusion,
+    layers: Mapping[int, FuseLayer],
+    *,
+    calibration: str | None,
+    alone: Mapping[int, frozenset[int]],
+    notes: Sequence[str] = (),
+) -> FusePlan:
+    """A plan of some layers, not checked yet.
+
+    Args:
+        checkpoint: the model.
+        wanted: what was asked for.
+        layers: what was decided.
+        calibration: fingerprint of the data, if there was any.
+        alone: super experts by layer.
+        notes: what to say beside what follows from the choices.
+    """
+    return FusePlan(
         layers=layers,
         merge=wanted.merge,
         align=wanted.aligned,
@@ -114,9 +164,8 @@ def make_fuse_plan(checkpoint: Checkpoint, statistics: RouterStatistics, wanted:
         command=_command(wanted),
         inputs={"model": checkpoint.fingerprint} | ({"calibration": calibration} if calibration else {}),
         strategy=_describe(wanted, alone),
-        notes=[*coverage_warnings(statistics), *_notes(checkpoint, wanted)],
+        notes=[*notes, *_notes(checkpoint, wanted)],
     )
-    return derive_fusion(checkpoint, plan)
 
 
 def derive_fusion(checkpoint: Checkpoint, plan: FusePlan) -> FusePlan:
@@ -158,6 +207,8 @@ def _command(wanted: Fusion) -> dict[str, Any]:
         command["round_to"] = budget.round_to
     if wanted.weights:
         command["weights"] = dict(sorted(wanted.weights.items()))
+    if wanted.sequential:
+        command["sequential"] = True
     choices = {name: getattr(wanted, name) for name in ("merge", "router", "guard", "mtp")}
     return command | choices | {"align": wanted.aligned}
 

@@ -60,10 +60,45 @@ class FuseLayer:
         """The dominant experts, ascending: whose places and router rows stay."""
         return tuple(group.dominant for group in self.groups)
 
+    @property
+    def merged(self) -> dict[int, Group]:
+        """Groups of several experts, by their new number."""
+        return {place: group for place, group in enumerate(self.groups) if group.merged}
+
     def new_numbers(self) -> tuple[int, ...]:
         """The number that each expert's merged one has, by source index."""
         places = {expert: place for place, group in enumerate(self.groups) for expert in group.members}
         return tuple(places[expert] for expert in sorted(places))
+
+    def leaders(self) -> tuple[int, ...]:
+        """The dominant expert of each expert's group, by source index."""
+        return tuple(self.keep[place] for place in self.new_numbers())
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON; ``keep`` follows from the groups."""
+        return {
+            "keep": list(self.keep),
+            "groups": [list(group.members) for group in self.groups],
+            "weights": [list(group.weights) for group in self.groups],
+        }
+
+    @classmethod
+    def from_dict(cls, index: int, value: Any) -> FuseLayer:
+        """Read the decision on a decoder layer from JSON values.
+
+        Raises:
+            KeyError, TypeError, ValueError: they are something else.
+        """
+        groups, weights = value["groups"], value["weights"]
+        if len(groups) != len(weights) or not all(group and {*map(type, group)} == {int} for group in groups):
+            raise ValueError(f"layer {index}: groups must be lists of expert numbers, and weights as many lists")
+        if not all(type(share) in {int, float} for shares in weights for share in shares):
+            raise ValueError(f"layer {index}: weights must be lists of numbers")
+        found = [
+            Group(members=tuple(members), weights=tuple(map(float, shares)))
+            for members, shares in zip(groups, weights, strict=True)
+        ]
+        return cls(groups=tuple(sorted(found, key=lambda group: group.dominant)))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -124,7 +159,7 @@ class FusePlan:
             "engines": {engine: list(reasons) for engine, reasons in self.engines.items()},
             "notes": list(self.notes),
             "config_edits": dict(self.config_edits),
-            "layers": {str(index): _layer_dict(layer) for index, layer in sorted(self.layers.items())}
+            "layers": {str(index): layer.to_dict() for index, layer in sorted(self.layers.items())}
             | {str(index): self._follower() for index in sorted(self.mtp_layers)},
         }
 
@@ -150,7 +185,9 @@ class FusePlan:
             named = {int(_number(name)): value for name, value in payload["layers"].items()}
             copied = {index for index, value in named.items() if "copied_from" in value}
             return cls(
-                layers={index: _read_layer(index, value) for index, value in named.items() if index not in copied},
+                layers={
+                    index: FuseLayer.from_dict(index, value) for index, value in named.items() if index not in copied
+                },
                 mtp_layers=tuple(sorted(copied)),
                 merge=str(payload["merge"]),
                 align=payload["align"] is True,
@@ -212,28 +249,7 @@ def check_choices(plan: FusePlan) -> None:
             raise PlanError(f"{name} is {value!r}", f"known: {', '.join(known)}")
 
 
-def _layer_dict(layer: FuseLayer) -> dict[str, Any]:
-    return {
-        "keep": list(layer.keep),
-        "groups": [list(group.members) for group in layer.groups],
-        "weights": [list(group.weights) for group in layer.groups],
-    }
-
-
 def _number(name: str) -> str:
     if not re.fullmatch("0|[1-9][0-9]{0,8}", name):
         raise ValueError(f"{name!r} is no layer")
     return name
-
-
-def _read_layer(name: int, value: Any) -> FuseLayer:
-    groups, weights = value["groups"], value["weights"]
-    if len(groups) != len(weights) or not all(group and {*map(type, group)} == {int} for group in groups):
-        raise ValueError(f"layer {name}: groups must be lists of expert numbers, and weights as many lists")
-    if not all(type(share) in {int, float} for shares in weights for share in shares):
-        raise ValueError(f"layer {name}: weights must be lists of numbers")
-    found = [
-        Group(members=tuple(members), weights=tuple(map(float, shares)))
-        for members, shares in zip(groups, weights, strict=True)
-    ]
-    return FuseLayer(groups=tuple(sorted(found, key=lambda group: group.dominant)))

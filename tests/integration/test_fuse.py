@@ -449,7 +449,7 @@ def test_a_killed_run_goes_on(
     plan = plan_by_hand(base, 8, merge=merge)
     options: dict[str, Any] = {"plan": plan, "calibration": str(ids_file) if merge == "least-squares" else ()}
     moeprune.fuse(base, tmp_path / "whole", **options)
-    tensors, computed = moeprune.rewrite.fuse._tensors, []
+    tensors, computed = moeprune.rewrite.fuse.layer_tensors, []
 
     def die(checkpoint: Any, plan: Any, stored: Any, merged: Any) -> Any:
         if len(computed) == 1:
@@ -458,7 +458,7 @@ def test_a_killed_run_goes_on(
         computed.append(stored.layer)
         return tensors(checkpoint, plan, stored, merged)
 
-    monkeypatch.setattr(moeprune.rewrite.fuse, "_tensors", die)
+    monkeypatch.setattr(moeprune.rewrite.fuse, "layer_tensors", die)
     with pytest.raises(KeyboardInterrupt):
         moeprune.fuse(base, tmp_path / "out", **options)
     assert not (tmp_path / "out").exists()

@@ -96,23 +96,23 @@ class Run(NamedTuple):
 def measured(
     benchmark: ModuleType, model_with: Callable[[int], Path], tmp_path_factory: pytest.TempPathFactory
 ) -> Callable[[int, int], Run]:
-    """Collect from a model of so many experts under a hard limit on the address space; each way once."""
+    """Collect from a model of so many experts under a hard limit on the address space, or fuse it; each way once."""
     work, runs = tmp_path_factory.mktemp("work"), {}
     ids = benchmark.write_ids(work, 16, 64)
 
-    def measure(experts: int, memory: int = ROOM) -> Run:
-        if (experts, memory) not in runs:
+    def measure(experts: int, memory: int = ROOM, way: str = "stream") -> Run:
+        if (experts, memory, way) not in runs:
             options = argparse.Namespace(work=work, batch_tokens=256, threads=1)
-            found: dict[str, Any] = benchmark.child(options, "stream", model_with(experts), ids, memory)
+            found: dict[str, Any] = benchmark.child(options, way, model_with(experts), ids, memory)
             expected = found["forecast"]
-            runs[experts, memory] = Run(
+            runs[experts, memory, way] = Run(
                 peak=found["peak"],
                 layer=expected["layer"],
                 states=expected["states"],
                 chunked=expected["chunked"],
                 forecast=expected["host"] - forecast._LIBRARIES,
             )
-        return runs[experts, memory]
+        return runs[experts, memory, way]
 
     return measure
 
@@ -142,3 +142,11 @@ def test_experts_in_chunks_take_less_than_a_layer(measured: Callable[..., Run]) 
     chunks = measured(MANY, memory)
     assert chunks.chunked
     assert chunks.peak < 1.15 * chunks.forecast < whole.peak - whole.layer // 3
+
+
+def test_fusing_layer_by_layer_holds_one_layer(measured: Callable[..., Run]) -> None:
+    """Beside it stand its merged experts while they are fitted, as is forecast, and never the layers before it."""
+    fused = measured(MANY, 2 * ROOM, "fuse")
+    assert not fused.chunked
+    assert fused.peak < 1.05 * fused.forecast
+    assert fused.peak < fused.layer * LAYERS - 80e6

@@ -27,7 +27,7 @@ LAYERS = (
     {"_late", "planner", "_options", "inspecting", "publish", "healing"},
     {"collecting", "choosing", "planner_fuse"},
     {"pipeline", "scoring", "reconstructing", "repairing"},
-    {"oneshot", "sparsifying", "multiplexing", "skip_scoring", "distilling"},
+    {"oneshot", "fusing_in_order", "sparsifying", "multiplexing", "skip_scoring", "distilling"},
     {"sweeping", "probing", "gating", "fusing", "mending"},
     {"_cli_options", "_cli_output"},
     {"_cli_eval", "_cli_inspect", "_cli_listing", "_cli_publish", "_cli_report", "_cli_probes", "_cli_sweep"},

@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
@@ -18,21 +17,22 @@ from moeprune._files import PathLike, progress
 from moeprune.architectures import ExpertName, RouterName, StackedName
 from moeprune.checkpoint import Checkpoint
 from moeprune.errors import PlanError, UnsupportedModelError
-from moeprune.experts import ExpertLayer, expert_layers
+from moeprune.experts import expert_layers
 from moeprune.plans import PruningPlan
-from moeprune.plans_fuse import ABSORB, FITTED, TIED, FuseLayer, FusePlan, Group, check_choices, check_groups
+from moeprune.plans_fuse import ABSORB, FITTED, TIED, FusePlan, Group, check_choices, check_groups
 from moeprune.rewrite.changed import Changes, changing, check_plain, write_changed
 from moeprune.rewrite.drop import DEFAULT_SHARD_SIZE, check_plan, keep_lists
-from moeprune.rewrite.merging import DownFit, merge_experts
+from moeprune.rewrite.fuse_fit import Fitting
+from moeprune.rewrite.merging import merge_experts
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     import torch
-    from torch import nn
     from transformers import PreTrainedModel
 
     from moeprune.headers import TensorEntry
+    from moeprune.rewrite.fuse_fit import Chosen
     from moeprune.rewrite.merging import Expert
     from moeprune.streaming.naming import Piece
     from moeprune.streaming.states import States
@@ -75,7 +75,7 @@ class Calibration:
     inputs: Sequence[Inputs]
     states: States
     fingerprint: str
-    chosen: Callable[[ExpertLayer, Sequence[int], torch.Tensor], torch.Tensor]
+    chosen: Chosen
 
 
 def apply_fuse(
@@ -192,11 +192,11 @@ def check_experts(model: PreTrainedModel) -> None:
 
 def computed_names(checkpoint: Checkpoint, plan: FusePlan) -> set[str]:
     """Names of the output's tensors whose values are computed; all others are the source's bytes."""
-    merged = {index: {place for place, _ in _merged_groups(layer)} for index, layer in plan.layers.items()}
+    merged = {index: layer.merged.keys() for index, layer in plan.layers.items()}
     down = f"{checkpoint.spec.projections[2]}.weight", checkpoint.spec.experts + checkpoint.spec.stacked[1]
     found = set()
     for name, role in checkpoint.roles.items():
-        places = merged.get(role.layer, set())
+        places = merged.get(role.layer, ())
         if isinstance(role, ExpertName):
             computed = role.expert in places and (plan.merge != ABSORB or role.after == down[0])
         elif isinstance(role, StackedName):
@@ -212,25 +212,24 @@ def computed_names(checkpoint: Checkpoint, plan: FusePlan) -> set[str]:
 
 
 def _merge_layers(checkpoint: Checkpoint, plan: FusePlan, changes: Changes, weights: Weights) -> None:
-    for index, layer in progress(sorted(plan.layers.items()), "merging experts", unit="layer"):
+    for index in progress(sorted(plan.layers), "merging experts", unit="layer"):
         if changes.finished(index):
             continue
         with StoredExperts(weights, index) as stored:
-            merged = {place: _merged(stored, group, plan) for place, group in _merged_groups(layer)}
-            changes.add(index, _tensors(checkpoint, plan, stored, merged))
+            changes.add(index, layer_tensors(checkpoint, plan, stored, merged_experts(stored, plan)))
 
 
-def _merged_groups(layer: FuseLayer) -> Iterator[tuple[int, Group]]:
-    """Groups of several experts, by their new number."""
-    return ((place, group) for place, group in enumerate(layer.groups) if group.merged)
+def merged_experts(stored: StoredExperts, plan: FusePlan) -> dict[int, Expert]:
+    """The merged experts of a layer by their new number; of a merge that fits, what it starts from."""
+    return {
+        place: merge_experts(
+            [stored.read(member) for member in group.members], group.weights, plan.merge, align=plan.align
+        )
+        for place, group in plan.layers[stored.layer].merged.items()
+    }
 
 
-def _merged(stored: StoredExperts, group: Group, plan: FusePlan) -> Expert:
-    experts = [stored.read(member) for member in group.members]
-    return merge_experts(experts, group.weights, plan.merge, align=plan.align)
-
-
-def _tensors(
+def layer_tensors(
     checkpoint: Checkpoint, plan: FusePlan, stored: StoredExperts, merged: Mapping[int, Expert]
 ) -> dict[str, torch.Tensor]:
     """The layer's computed tensors by their names in the output."""
@@ -342,11 +341,6 @@ def _part(expert: Expert, piece: Piece) -> torch.Tensor:
 # --- fitted to activations --------------------------------------------------------------------------------------------
 
 
-def fit_bytes(layer: FuseLayer, hidden: int, inner: int) -> int:
-    """Bytes of the sums that a layer's fits add up."""
-    return 8 * sum(1 for _ in _merged_groups(layer)) * (inner * inner + 3 * hidden * inner)
-
-
 def _fit_layers(
     checkpoint: Checkpoint, plan: FusePlan, changes: Changes, weights: Weights, calibration: Calibration
 ) -> None:
@@ -368,102 +362,13 @@ def _fit_layers(
                 undo.enter_context(stream.layer(index))
                 fitting = None
                 if index in todo:
-                    merged = {
-                        place: _merged(stored, group, plan) for place, group in _merged_groups(plan.layers[index])
-                    }
-                    fitting = undo.enter_context(_Fitting(modules[index], plan.layers[index], merged, chosen))
+                    merged = merged_experts(stored, plan)
+                    fitting = undo.enter_context(Fitting(modules[index], plan.layers[index], merged, chosen))
                 for number, batch in enumerate(inputs):
                     if fitting is not None:
                         fitting.mask_T = batch["attention_mask"].reshape(-1).bool()
                     states.put(number, stream.run(index, states.get(number), batch))
                 states.turn()
                 if fitting is not None:
-                    tensors = _tensors(checkpoint, plan, stored, fitting.solved())
+                    tensors = layer_tensors(checkpoint, plan, stored, fitting.solved())
                     changes.add(index, tensors, {"tokens": fitting.rows})
-
-
-class _Fitting:
-    """Watches the experts of a layer and adds up what the merged ones should give; use it as a context manager.
-
-    The tied model would give the merged expert the gates of all members that a token was routed to. So each token that
-    was routed to some asks for the gated sum of their outputs, from its inner activations times the sum of the gates.
-    Where the router has fewer rows, only those tokens do that it still sends there. Errors count relative to the norm
-    of what all experts give the token: few tokens have activations that are a hundred times as large as those of
-    others, and would decide everything.
-    """
-
-    def __init__(
-        self,
-        layer: ExpertLayer,
-        plan: FuseLayer,
-        merged: Mapping[int, Expert],
-        chosen: Callable[[ExpertLayer, Sequence[int], torch.Tensor], torch.Tensor] | None,
-    ) -> None:
-        self._module: Any = layer.experts
-        self._groups = dict(_merged_groups(plan))
-        self._merged = merged
-        self._chosen = None if chosen is None else functools.partial(chosen, layer, plan.keep)
-        self._fits = {place: DownFit(down) for place, (_, _, down) in merged.items()}
-        self._hook: Any = None
-        self.mask_T: torch.Tensor | None = None
-
-    def __enter__(self) -> Self:
-        """Start to watch."""
-        self._hook = self._module.register_forward_hook(self._see)
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        """Watch no longer."""
-        self._hook.remove()
-
-    @property
-    def rows(self) -> list[int]:
-        """Tokens that each merged expert was fitted to."""
-        return [fit.rows for fit in self._fits.values()]
-
-    def solved(self) -> dict[int, Expert]:
-        """The merged experts with their fitted down projections, by new number."""
-        return {place: (*self._merged[place][:2], fit.solve()) for place, fit in self._fits.items()}
-
-    def _see(self, _: nn.Module, args: tuple[torch.Tensor, ...], routed_TH: torch.Tensor) -> None:
-        hidden_TH, index_TK, gates_TK = args
-        if self.mask_T is not None:
-            kept = self.mask_T.to(hidden_TH.device)
-            hidden_TH, index_TK, gates_TK, routed_TH = (rows[kept] for rows in (*args, routed_TH))
-        norms_T1 = routed_TH.double().norm(dim=1, keepdim=True)
-        shares_TK = gates_TK.double() / norms_T1.clamp_min(1e-30)
-        chosen_TK = None if self._chosen is None else self._chosen(hidden_TH)
-        for place, group in self._groups.items():
-            shares_TM = _gates_of(group.members, index_TK, shares_TK)
-            asks_T = shares_TM.any(dim=1)
-            if chosen_TK is not None:
-                asks_T &= (chosen_TK == group.dominant).any(dim=1)
-            rows = asks_T.nonzero()[:, 0]
-            if len(rows):
-                self._add(place, group, hidden_TH[rows], shares_TM[rows])
-
-    def _add(self, place: int, group: Group, hidden_RH: torch.Tensor, shares_RM: torch.Tensor) -> None:
-        import torch
-
-        wanted_RH = torch.zeros(hidden_RH.shape, dtype=torch.float64, device=hidden_RH.device)
-        for position, member in enumerate(group.members):
-            own = shares_RM[:, position].nonzero()[:, 0]
-            gate_up, down = self._module.gate_up_proj[member], self._module.down_proj[member]
-            output = self._inner(hidden_RH[own], gate_up) @ down.T
-            wanted_RH[own] += shares_RM[own, position, None] * output.double()
-        gate, up, _ = self._merged[place]
-        inner_RI = self._inner(hidden_RH, torch.cat([gate, up]).to(hidden_RH.dtype))
-        self._fits[place].add(shares_RM.sum(dim=1, keepdim=True) * inner_RI.double(), wanted_RH)
-
-    def _inner(self, hidden_RH: torch.Tensor, gate_up: torch.Tensor) -> torch.Tensor:
-        inner_RI: torch.Tensor = self._module._apply_gate(hidden_RH @ gate_up.T)  # noqa: SLF001 - what kernels call
-        return inner_RI
-
-
-def _gates_of(members: Sequence[int], index_TK: torch.Tensor, gates_TK: torch.Tensor) -> torch.Tensor:
-    """The gate [T, M] of each member, 0 where a token was not routed to it."""
-    import torch
-
-    return torch.stack([(gates_TK * (index_TK == member)).sum(dim=1) for member in members], dim=1)

@@ -16,7 +16,7 @@ from moeprune.architectures import RouterName, resolve_architecture
 from moeprune.checkpoint import read_tensors
 from moeprune.errors import CheckpointError, PlanError
 from moeprune.experts import ExpertLayer, expert_layers
-from moeprune.plans_fuse import TIED, FuseLayer, FusePlan
+from moeprune.plans_fuse import TIED, FusePlan
 from moeprune.runtime.masking import assign, kept_counts, router_modules
 
 if TYPE_CHECKING:
@@ -106,19 +106,24 @@ def attach(model: PreTrainedModel, plan: FusePlan, layers: Sequence[ExpertLayer]
     if odd:
         raise PlanError(f"the plan and the model do not have the same MoE layers (first odd one: {min(odd)})")
     for layer in layers:
-        layer.experts.register_forward_pre_hook(_Lead(plan.layers[layer.index]))
+        layer.experts.register_forward_pre_hook(Lead(plan.layers[layer.index].new_numbers()))
     return model
 
 
-class _Lead:
-    """Before the experts run: the merged experts' numbers in the place of their members', [T, K]."""
+class Lead:
+    """Before the experts run: the numbers of the merged experts in the place of their members', [T, K].
 
-    def __init__(self, layer: FuseLayer) -> None:
+    Args:
+        numbers: where the merged expert of each source expert is.
+    """
+
+    def __init__(self, numbers: Sequence[int]) -> None:
         import torch
 
-        self._numbers_E = torch.tensor(layer.new_numbers())
+        self._numbers_E = torch.tensor(numbers)
 
     def __call__(self, _: nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+        """Exchange the numbers."""
         hidden_TH, index_TK, gates_TK = args
         if self._numbers_E.device != index_TK.device:
             self._numbers_E = self._numbers_E.to(index_TK.device)

@@ -110,11 +110,9 @@ class Weights:
 
     def expert_width(self, layer: int) -> int:
         """Inner size of a layer's experts; 0 where it has none."""
-        shapes = [self._value(piece.parameter).shape for piece in self.pieces(layer, experts=True)[:2]]
-        sizes = {int(size) for shape in shapes for size in shape[1:]} - {
-            self.model.config.get_text_config().hidden_size
-        }
-        return min(sizes, default=0)
+        names = {piece.parameter for piece in self.pieces(layer, experts=True)}
+        sizes = {int(size) for name in names for size in self._value(name).shape[1:]}
+        return min(sizes - {self.model.config.get_text_config().hidden_size}, default=0)
 
     def _size(self, name: str) -> int:
         return self._value(name).numel() * self._dtypes[name].itemsize
