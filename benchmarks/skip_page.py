@@ -22,7 +22,7 @@ CONTROLS = ("random", "oracle")
 RENORMS = ("none", "survivors")
 TRAINED = "+distilled"
 MIDDLE = "0.5"  # the rate that is looked at more closely
-CHIEF = ("predicted-norm", "share")
+CHIEF = ("predicted-norm",)
 _LIMIT_HINT = "`--limit` takes the first questions of each task."
 
 _HOW_SPEED = """All ways run in turn in one process, {rounds} rounds after one that warms up; ratios are to the same
