@@ -267,19 +267,31 @@ def page(options: argparse.Namespace) -> str:
         lines += [f"## {TITLES[part]}", "", *([NOTES[part], ""] if part in NOTES else [])]
         for ratio in ratios:
             for model in options.models:
-                lines += [f"### {model}, {float(ratio):.0%} removed", "", *table(options, model, ratio, part), ""]
+                lines += table(options, model, ratio, part)
     return "\n".join(lines)
 
 
 def table(options: argparse.Namespace, model: str, ratio: str, part: str) -> Iterator[str]:
     """One model's ways beside one another."""
+    ways = [way for way in options.ways or PARTS[part] if not options.done or is_there(options, model, ratio, way)]
+    if not ways:
+        return
     base = measured(options, model, ratio, "base")
+    yield f"### {model}, {float(ratio):.0%} removed"
+    yield ""
     yield f"| way | {HEAD} |"
     yield "|---|" + "--:|" * 9
-    for way in options.ways or PARTS[part]:
+    for way in ways:
         cell = measured(options, model, ratio, way)
         plain = measured(options, model, ratio, way.partition("+")[0]) if "+" in way else None
         yield f"| {way} | {' | '.join(row(base, cell, _rise(base, plain)))} |"
+    yield ""
+
+
+def is_there(options: argparse.Namespace, model: str, ratio: str, way: str) -> bool:
+    """Whether a cell was measured."""
+    files = [options.work / model / f"{_named(ratio, way)}{suffix}" for suffix in (".json", ".made.json")]
+    return all(file.is_file() for file in files)
 
 
 def _rise(base: dict[str, Any], cell: dict[str, Any] | None) -> float | None:
@@ -325,6 +337,7 @@ def main() -> None:
     parser.add_argument("--ratios", nargs="+", default=list(RATIOS))
     parser.add_argument("--parts", nargs="+", default=list(PARTS), choices=list(PARTS))
     parser.add_argument("--ways", nargs="+", help="in the place of those of the parts")
+    parser.add_argument("--done", action="store_true", help="the page of what is there; measure nothing")
     parser.add_argument("--limit", type=int, help="first N questions of each task")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--memory", action="store_true")
