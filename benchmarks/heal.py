@@ -274,6 +274,12 @@ def page(options: argparse.Namespace) -> str:
 def table(options: argparse.Namespace, model: str, ratio: str, part: str) -> Iterator[str]:
     """One model's ways beside one another."""
     ways = [way for way in options.ways or PARTS[part] if not options.done or is_there(options, model, ratio, way)]
+    missing = [way for way in options.ways or PARTS[part] if way not in ways]
+    if not set(ways) - set(WAYS) and part != "tables":
+        return  # nothing that is not there already
+    if missing:
+        yield f"{model}, {float(ratio):.0%} removed: not measured were {', '.join(missing)}."
+        yield ""
     if not ways:
         return
     base = measured(options, model, ratio, "base")
