@@ -216,6 +216,7 @@ class Page:
         parts = ["# Token skipping: what it saves, and what it costs", ""]
         commands = ["--speed", "--quality", "-o docs/benchmarks/skip.md"]
         parts += [*(f"    python benchmarks/skip.py --work WORK {one}" for one in commands), ""]
+        parts += ["Empty cells, and sizes and dtypes without a table, were not measured.", ""]
         parts += ["A slot is one of a token's top-k experts; the rate is the share of slots that are skipped.", ""]
         if self.base:
             parts += self._quality()
