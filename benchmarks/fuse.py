@@ -81,12 +81,12 @@ class Bench:
         return token_losses(moeprune.load(folder), self.sequences)
 
     def measured(self, row: Row) -> dict[str, Any]:
-        """Perplexity over the original's with its interval, and the seconds that deciding and merging took."""
+        """Perplexity over the original's with its interval, and the processor seconds of deciding and merging."""
         file = self.work / f"{'_'.join(filter(None, row))}.json"
         if not file.is_file():
-            out, begun = self.work / "out", time.monotonic()
+            out, begun = self.work / "out", time.process_time()
             self.write(row, out)
-            took = time.monotonic() - begun
+            took = time.process_time() - begun
             ratio = perplexity_ratio(self.base, self.losses(out))
             file.write_text(json.dumps({"ratio": ratio.value, "interval": ratio.interval, "seconds": took}))
         found: dict[str, Any] = json.loads(file.read_text())
@@ -117,9 +117,9 @@ def page(benches: dict[str, Bench], wanted: Sequence[Row]) -> str:
         "    python benchmarks/fuse.py --work /tmp/fuse -o docs/benchmarks/fuse.md",
         "",
         f"Held-out perplexity over the original's ({bases}) with its 95 % interval over documents, and the seconds",
-        "from statistics to a verified checkpoint; a sequential one also collects them. Every row of a ratio has the",
-        "same number of experts; `tied` also keeps the routers' rows. One calibration, nothing trained: a direction,",
-        "not a verdict.",
+        "of a processor from statistics to a verified checkpoint; a sequential one also collects them. Every row of",
+        "a ratio has the same number of experts; `tied` also keeps the routers' rows. One calibration,",
+        "nothing trained: a direction, not a verdict.",
         "",
         f"| removed | grouping | merge | router | layers | {' | '.join(benches)} | seconds |",
         f"|---|---|---|---|---|{'---|' * (len(benches) + 1)}",

@@ -8,8 +8,9 @@ Calibration text, held-out text and tasks share no passage. Each checkpoint is m
 processor time and peak memory the system counts, then evaluated: tasks (one is written, six are four-way choices) and
 perplexity. Every cell is a JSON file in the work folder.
 
-A way is what is done to the model, then what is done to the result, joined by ``+``: ``drop``, ``auto``, ``fuse``,
-``neurons``, ``sparse``, ``2:4``; ``heal[@STEPS][=LEVEL[=VARIANT]]``, ``closed-form``, ``experts[@STEPS]``.
+A way is what is done to the model, then what is done to the result, joined by ``+``: ``drop`` or the name of another
+strategy, ``fuse``, ``neurons``, ``sparse``, ``2:4``; ``heal[@STEPS][=LEVEL[=VARIANT]]``, ``closed-form``,
+``experts[@STEPS]``.
 """
 
 from __future__ import annotations
@@ -42,7 +43,8 @@ CHAIN = "drop+closed-form+heal@50"
 TIMED = ("drop+closed-form", *(f"drop+heal@{steps}" for steps in (25, 50, 100)), "drop+heal", CHAIN)
 FITTED = ("drop+heal", *(f"drop+heal={level}" for level in ("experts", "down", "router")))
 FITTED += ("drop+heal=all=no-norm", "drop+heal=all=no-logits")
-PARTS = {"tables": WAYS, "time": TIMED, "sparse": SPARSE, "fit": FITTED}
+CHOSEN = ("drop", "drop+heal", "router-hint", "router-hint+heal")
+PARTS = {"tables": WAYS, "choice": CHOSEN, "time": TIMED, "sparse": SPARSE, "fit": FITTED}
 WRITTEN = "tiny_sorting"  # its answers are generated; chance is 0, and a quarter elsewhere
 RESAMPLES = 2000
 
@@ -53,6 +55,7 @@ RESAMPLES = 2000
 def make(model: str, ratio: str, way: str, source: Path, out: Path) -> None:
     """Write the checkpoint of a cell."""
     import moeprune
+    from moeprune.strategies import is_built_in
 
     base = MODELS[model]
     _, plus, healing = way.rpartition("+")
@@ -67,7 +70,9 @@ def make(model: str, ratio: str, way: str, source: Path, out: Path) -> None:
     elif healing == "drop":
         moeprune.prune(base, out, ratio=ratio, **given)
     elif healing == "auto":
-        moeprune.prune(base, out, ratio=ratio, strategy="auto", selection=str(BUNDLED / "selection.jsonl"), **given)
+        moeprune.prune(base, out, ratio=ratio, strategy=healing, selection=str(BUNDLED / "selection.jsonl"), **given)
+    elif is_built_in(healing):
+        moeprune.prune(base, out, ratio=ratio, strategy=healing, **given)
     elif healing == "fuse":
         moeprune.fuse(base, out, ratio=ratio, **given)
     else:
@@ -119,10 +124,20 @@ def made(options: argparse.Namespace, model: str, ratio: str, way: str) -> tuple
         folder.parent.mkdir(parents=True, exist_ok=True)
         words = [sys.executable, __file__, "--make", model, ratio, way, str(start), str(folder)]
         subprocess.run([*words, "--threads", str(options.threads)], check=True, stdout=subprocess.DEVNULL)
-        took = json.loads((folder.parent / "took.json").read_text())
+        took = json.loads(_took(folder).read_text())
         file.write_text(json.dumps({"seconds": spent + took["seconds"], "peak": took["peak"]}))
     cost = json.loads(file.read_text())
     return folder, cost
+
+
+def divergence(folder: Path) -> str:
+    """The held-out divergence that `heal` printed."""
+    record = folder / "moeprune" / "healing.json"
+    return f"{json.loads(record.read_text())['held_out_kl']['after']:.3f}" if record.is_file() else ""
+
+
+def _took(folder: Path) -> Path:
+    return folder.with_name(f"{folder.name}.took.json")
 
 
 def _named(ratio: str, way: str) -> str:
@@ -142,7 +157,7 @@ def measured(options: argparse.Namespace, model: str, ratio: str, way: str) -> d
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(json.dumps(found))
         print(model, name, f"{cost['seconds']:.0f} s", flush=True)
-    cell: dict[str, Any] = json.loads(file.read_text()) | {"cost": cost}
+    cell: dict[str, Any] = json.loads(file.read_text()) | {"cost": cost, "kl": divergence(folder)}
     return cell
 
 
@@ -220,21 +235,24 @@ def row(base: dict[str, Any], cell: dict[str, Any], dropped: float | None) -> li
         f"{chosen:.1f}",
         f"{rise.value:.3f} ({rise.interval[0]:.3f}..{rise.interval[1]:.3f})",
         back,
+        cell["kl"],
         f"{cost['seconds']:.0f}",
         f"{cost['peak'] / 1e6:.0f}",
     ]
 
 
-HEAD = "MB | kept % | worst task % | written % | chosen % | ppl x | gap back % | seconds | peak MB"
+HEAD = "MB | kept % | worst task % | written % | chosen % | ppl x | gap back % | KL | seconds | peak MB"
 
 
 TITLES = {
     "tables": "Dropped, fused, narrowed; healed and not",
+    "choice": "Which experts to keep where they are healed",
     "time": "Closed form and gradient steps at equal time",
     "sparse": "Sparsified models, healed by layer and expert by expert",
     "fit": "What to fit, and to what",
 }
 NOTES = {
+    "choice": "Whoever heals what several strategies leave can tell by *KL*, without any task, which to keep.",
     "time": "`heal@N` takes N steps in each layer, `heal` 400; of a chain the seconds of both healings are added up.",
     "sparse": "`sparse` sets half of each row's weights to zero, `neurons` removes half of the neurons; MB are those "
     "of the files, in which zeros are stored.",
@@ -258,6 +276,8 @@ def page(options: argparse.Namespace) -> str:
         "- *ppl x*: held-out perplexity over the original's, with its 95 % interval over documents; *gap back*: how",
         "  much of what the same model loses without healing. It can be more than all, and a ratio below 1 is no",
         "  better model: healing is trained on text of the same kind.",
+        "- *KL*: from the original, in nats, on the part of the calibration text that was held out of the healing, as",
+        "  `heal` prints it in the end.",
         "- *seconds* (of processor time), *peak*: of the process that makes the checkpoint with its imports; of what",
         f"  is healed, the healing alone; {threads}.",
         "",
@@ -286,7 +306,7 @@ def table(options: argparse.Namespace, model: str, ratio: str, part: str) -> Ite
     yield f"### {model}, {float(ratio):.0%} removed"
     yield ""
     yield f"| way | {HEAD} |"
-    yield "|---|" + "--:|" * 9
+    yield "|---|" + "--:|" * 10
     for way in ways:
         cell = measured(options, model, ratio, way)
         plain = measured(options, model, ratio, way.partition("+")[0]) if "+" in way else None
@@ -359,7 +379,7 @@ def main() -> None:
         make(model, ratio, way, Path(source), Path(out))
         own = resource.getrusage(resource.RUSAGE_SELF)
         took = {"seconds": own.ru_utime + own.ru_stime, "peak": 1024 * own.ru_maxrss}
-        (Path(out).parent / "took.json").write_text(json.dumps(took))
+        _took(Path(out)).write_text(json.dumps(took))
         return
     if options.work is None:
         parser.error("--work is needed")

@@ -20,7 +20,7 @@ CHECKS = 8  # looks at the held-out text while a layer is fitted
 _BETAS = (0.9, 0.99)
 _WARMUP = 10  # steps in which the rate rises
 _WIDTH_RATE = 0.384  # the rate times the width of the model: 0.003 at 128
-_ROUTER = 3.0  # how much faster a router learns: its rows see every token and move the least
+_ROUTER = 0.3  # of the rate, for routers: a faster one leads tokens away from the experts that know them
 _ZEROS = 0.05  # a parameter with this share of exact zeros was pruned, and keeps them
 
 
@@ -92,7 +92,7 @@ def fit(
         held_out: the loss that judges, without gradients.
         schedule: how many steps.
         rate: largest learning rate.
-        routers: names of parameters that learn three times as fast.
+        routers: names of parameters that learn at three tenths of the rate.
         seconds: how long instead, where the schedule counts minutes.
     """
     import torch
@@ -145,9 +145,9 @@ class Best:
 
 
 def _groups(parameters: Parameters, routers: frozenset[str], rate: float) -> list[dict[str, object]]:
-    slow = [value for name, value in parameters.items() if name not in routers]
-    fast = [value for name, value in parameters.items() if name in routers]
-    groups = [{"params": slow, "largest": rate}, {"params": fast, "largest": _ROUTER * rate}]
+    own = [value for name, value in parameters.items() if name in routers]
+    others = [value for name, value in parameters.items() if name not in routers]
+    groups = [{"params": others, "largest": rate}, {"params": own, "largest": _ROUTER * rate}]
     return [group for group in groups if group["params"]]
 
 
