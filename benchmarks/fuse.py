@@ -1,6 +1,6 @@
 """Every grouping, merge and router on the three bundled models, against dropping to the same size: held-out perplexity.
 
-    python benchmarks/fuse.py --work /tmp/fuse -o docs/benchmarks/fuse.md
+    python benchmarks/fuse.py --work WORK -o docs/benchmarks/fuse.md
 
 Calibration and held-out text share no passage. Each checkpoint is written, loaded and thrown away; what was measured is
 kept in the work folder, so that an interrupted run goes on where it stopped. `--only sequential` measures the rows that
@@ -108,13 +108,13 @@ class Bench:
         moeprune.fuse(self.folder, out, ratio=ratio, overwrite=True, **choice)
 
 
-def page(benches: dict[str, Bench], wanted: Sequence[Row]) -> str:
+def page(benches: dict[str, Bench], wanted: Sequence[Row], threads: int) -> str:
     """The table."""
     bases = ", ".join(f"{name} {perplexity(bench.base).value:.2f}" for name, bench in benches.items())
     lines = [
         "# Fusing against dropping",
         "",
-        "    python benchmarks/fuse.py --work /tmp/fuse -o docs/benchmarks/fuse.md",
+        f"    python benchmarks/fuse.py --work WORK --threads {threads} -o docs/benchmarks/fuse.md",
         "",
         f"Held-out perplexity over the original's ({bases}) with its 95 % interval over documents, and the seconds",
         "of a processor from statistics to a verified checkpoint; a sequential one also collects them. Every row of",
@@ -140,11 +140,15 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--models", default=",".join(MODELS))
     parser.add_argument("--only", choices=[IN_ORDER], help="these rows, each beside the one at once")
+    parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("-o", "--output", type=Path)
     given = parser.parse_args()
+    import torch
+
+    torch.set_num_threads(given.threads)
     benches = {name: Bench(name, given.work) for name in given.models.split(",")}
     wanted = [row for pair in sequential_rows() for row in pair] if given.only else list(dict.fromkeys(rows()))
-    text = page(benches, wanted)
+    text = page(benches, wanted, given.threads)
     if given.output:
         given.output.write_text(text, encoding="utf-8")
     print(text)
