@@ -12,7 +12,7 @@ from moeprune._files import PathLike, envelope, note
 from moeprune._options import CalibrationOptions, by_stage, several
 from moeprune.checkpoint import Checkpoint, open_checkpoint
 from moeprune.errors import ConfigError
-from moeprune.healing.carried import carried
+from moeprune.healing.carried import carried, source_of
 from moeprune.healing.distillation import Distilled, Recipe, Text, check_levels, distil, held_out_divergence, trainable
 from moeprune.healing.forecast import TrainingForecast, training_forecast
 from moeprune.rewrite.changed import Changes, changing, check_plain, write_changed
@@ -196,6 +196,7 @@ def _run(job: _Job, output: Path, *, max_shard_size: int, overwrite: bool) -> Di
             output,
             records={"healing": record},
             extra=carried(job.start),
+            source=source_of(job.original, job.start),
             max_shard_size=max_shard_size,
             overwrite=overwrite,
         )

@@ -15,7 +15,7 @@ from moeprune.collecting import limits_of, open_stream
 from moeprune.errors import ConfigError, nearest
 from moeprune.evaluation.agreement import batches
 from moeprune.experts import expert_layers
-from moeprune.healing.carried import carried
+from moeprune.healing.carried import carried, source_of
 from moeprune.healing.closed_form import ClosedFormHealing
 from moeprune.healing.distillation import Text
 from moeprune.healing.expertwise import ExpertwiseHealing, check_one_to_one
@@ -232,6 +232,7 @@ def _run(
             output,
             records={"healing": record},
             extra=carried(job.start),
+            source=source_of(job.original, job.start),
             max_shard_size=max_shard_size,
             overwrite=overwrite,
         )

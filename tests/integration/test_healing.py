@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -121,6 +122,30 @@ def test_no_steps_give_the_same_weights(
         assert (result.output / file.name).read_bytes() == file.read_bytes()
 
 
+def test_the_original_is_named_as_the_base(
+    dropped_of: Callable[..., tuple[Path, Path]], ids_file: Path, tmp_path: Path
+) -> None:
+    """A healed model counts as made from its original, as far as folder or record of the pruned one name it."""
+    base, dropped = dropped_of("qwen3_moe")
+    record = dropped / "moeprune" / "provenance.json"
+    plain = json.loads(record.read_text())
+    cached = tmp_path / "models--org--big" / "snapshots" / "abc123"
+    shutil.copytree(base, cached)
+    older = {"source": {"repo": "org/older", "revision": "f00"}}
+
+    def source(original: Path, text: str) -> object:
+        record.write_text(text)
+        given: dict[str, Any] = {"calibration": str(ids_file), "steps": 0, "overwrite": True}
+        moeprune.heal(original, dropped, tmp_path / "out", **given)
+        return json.loads((tmp_path / "out" / "moeprune" / "provenance.json").read_text()).get("source")
+
+    assert source(cached, json.dumps(plain | older)) == {"repo": "org/big", "revision": "abc123"}
+    assert source(base, json.dumps(plain | older)) == older["source"]
+    for unknown in (plain, plain | {"source": "org/older"}, {"schema": "another/1"} | older):
+        assert source(base, json.dumps(unknown)) is None
+    assert source(base, "no JSON") is None
+
+
 @pytest.mark.parametrize("rate", [3e4, 1e30])
 def test_steps_that_make_it_worse_are_not_taken(
     dropped_of: Callable[..., tuple[Path, Path]], ids_file: Path, tmp_path: Path, rate: float
@@ -235,6 +260,19 @@ def test_a_layer_is_fitted_for_so_many_minutes() -> None:
     assert fitted.steps > 10
     assert fitted.after < 0.5 < fitted.before == 20.0
     assert float(value.detach().square().sum()) == pytest.approx(fitted.after)
+
+
+def test_a_router_moves_less_than_the_weights_around_it() -> None:
+    """By three tenths of what the others do for the same gradient."""
+    start = torch.full((2,), 4.0)
+    values = {name: torch.nn.Parameter(start.clone()) for name in ("router", "down")}
+
+    def loss(*_: int) -> torch.Tensor:
+        return sum((value.square().sum() for value in values.values()), start.new_zeros(()))
+
+    fit(values, loss, 1, lambda: float(loss().detach()), Schedule(steps=1), rate=0.5, routers=frozenset({"router"}))
+    moved = {name: (start - value.detach()).mean() for name, value in values.items()}
+    assert float(moved["router"] / moved["down"]) == pytest.approx(0.3, rel=1e-4)
 
 
 # --- refused ----------------------------------------------------------------------------------------------------------

@@ -224,6 +224,7 @@ def write_changed(
     keep: Mapping[int, tuple[int, ...]] | None = None,
     config_edits: Mapping[str, Any] | None = None,
     extra: Mapping[str, bytes] | None = None,
+    source: Mapping[str, str] | None = None,
     max_shard_size: int = DEFAULT_SHARD_SIZE,
     overwrite: bool = False,
 ) -> Path:
@@ -238,6 +239,8 @@ def write_changed(
         keep: experts of the source that stay by layer, in the order of their new numbers; all where it is left out.
         config_edits: config values that change.
         extra: more files for the provenance folder, by name.
+        source: ``repo`` and ``revision`` of the model on the Hub that the output is a smaller one of, where that is
+            not the checkpoint.
         max_shard_size: bytes of tensors per file.
         overwrite: replace a folder that is not empty.
 
@@ -263,7 +266,7 @@ def write_changed(
         files = {"config.json": edit_json(checkpoint.config_text, edits).encode()}
     else:
         files = edited_files(checkpoint, kept, edits)
-    both = {**records, "provenance": origin}
+    both = {**records, "provenance": origin | ({"source": dict(source)} if source else {})}
     return write_folder(checkpoint, layout, files, output, records=both, extra=extra or {}, overwrite=overwrite)
 
 
