@@ -252,7 +252,7 @@ TITLES = {
     "fit": "What to fit, and to what",
 }
 NOTES = {
-    "choice": "Whoever heals what several strategies leave can tell by *KL*, without any task, which to keep.",
+    "choice": "`drop` keeps the experts that `hope-total` rates highest, the default.",
     "time": "`heal@N` takes N steps in each layer, `heal` 400; of a chain the seconds of both healings are added up.",
     "sparse": "`sparse` sets half of each row's weights to zero, `neurons` removes half of the neurons; MB are those "
     "of the files, in which zeros are stored.",
@@ -263,12 +263,13 @@ NOTES = {
 
 def page(options: argparse.Namespace) -> str:
     """All tables; measures what is missing."""
-    limit = f" --limit {options.limit}" if options.limit else ""
+    more = f" --limit {options.limit}" if options.limit else ""
+    more += "" if options.parts == list(PARTS) else f" --parts {' '.join(options.parts)}"
     threads = f"{options.threads} thread" + "s" * (options.threads > 1)
     lines = [
         "# Healed and not",
         "",
-        f"    python benchmarks/heal.py --work WORK --threads {options.threads}{limit} -o docs/benchmarks/heal.md",
+        f"    python benchmarks/heal.py --work WORK --threads {options.threads}{more} -o docs/benchmarks/heal.md",
         "",
         "- *kept %*: accuracy above chance over the original's, mean over the tasks, with a 95 % bootstrap interval",
         "  over questions, paired; *worst task %*: the least that one task keeps. *written*: exact match of generated",
