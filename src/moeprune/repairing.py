@@ -14,7 +14,6 @@ from moeprune.checkpoint import Checkpoint, open_checkpoint
 from moeprune.collecting import limits_of, open_stream
 from moeprune.errors import ConfigError, nearest
 from moeprune.evaluation.agreement import batches
-from moeprune.experts import expert_layers
 from moeprune.healing.carried import carried, source_of
 from moeprune.healing.closed_form import ClosedFormHealing
 from moeprune.healing.distillation import Text
@@ -280,7 +279,7 @@ def _arrange(base: LayerStream, given: LayerStream, job: _Job) -> Forecast:
     base.chunk = expected.chunk
     if METHODS[job.method].keeps_original and not base.whole_layers:
         raise ConfigError(f"--method {job.method} holds a layer of both models in memory", "raise --memory")
-    fitting = COPIES * _largest(given) + _beside_update(given) + 4 * expected.work
+    fitting = COPIES * _largest(given) + 4 * expected.work
     if METHODS[job.method].keeps_original:
         fitting += _largest(base) + 4 * expected.work
     return _with_fit(expected, fitting, limits)
@@ -309,8 +308,3 @@ def _with_fit(expected: Forecast, fitting: int, limits: Limits) -> Forecast:
 def _largest(stream: LayerStream) -> int:
     """Bytes of a model's largest layer in memory."""
     return max(stream.weights.nbytes(layer) for layer in range(stream.depth))
-
-
-def _beside_update(stream: LayerStream) -> int:
-    """Bytes that Adam makes for a moment as it updates a parameter: as many as the largest one has."""
-    return max(value.nbytes for layer in expert_layers(stream.model) for value in layer.experts.parameters())

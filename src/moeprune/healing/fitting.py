@@ -97,7 +97,8 @@ def fit(
     """
     import torch
 
-    optimizer = torch.optim.Adam(_groups(parameters, routers, rate), betas=_BETAS)
+    # Fused: the plain kernel makes two more tensors as large as the parameter that it updates.
+    optimizer = torch.optim.Adam(_groups(parameters, routers, rate), betas=_BETAS, fused=True)
     best = Best(parameters, held_out())
     order, zeros = _order(batches, schedule.seed), zeros_of(parameters)
     step = looks = 0
