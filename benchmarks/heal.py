@@ -264,8 +264,8 @@ NOTES = {
     "sparse": "`sparse` sets half of each row's weights to zero, `neurons` removes half of the neurons; MB are those "
     "of the files, in which zeros are stored.",
     "fit": "`=LEVEL` says what is trained; with `fast-router` routers learn three times as fast as the rest and not at "
-    "three tenths of its rate; `no-norm` measures errors of the states themselves, `no-logits` fits the last layer like "
-    "the others.",
+    "three tenths of its rate; `no-norm` measures errors of the states themselves, `no-logits` fits the last layer "
+    "like the others.",
 }
 
 
